@@ -1,0 +1,63 @@
+# Every target sets up what it needs: Python 3.12 and PyPI are enough.
+#   make train                         the main job: train, evaluate, sample (TransNormerLLM)
+#   make train ARGS="--preset transformer"      the same with softmax attention
+#   make test | lint | format | test-gpu | lock | wheel | clean
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+# Extra requirements of the project to install beside the lock file: tpu or cuda.
+EXTRA ?=
+WORKERS ?= 2
+
+.PHONY: help train test test-gpu lint format lock wheel readme clean env
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+env: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml setup.cfg scripts/find_python.sh
+	@set -e; python=$$(bash scripts/find_python.sh); \
+	echo "setting up $(VENV) with $$python ($$($$python --version)); this is done once"; \
+	rm -rf $(VENV); \
+	"$$python" -m venv $(VENV) || { echo "error: $$python cannot make virtual environments; install its venv module (Debian: apt install python3.12-venv)" >&2; exit 1; }; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+	if [ -n "$(EXTRA)" ]; then $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRA)]"; fi; \
+	touch $(STAMP)
+
+train: $(STAMP)
+	@$(BIN)/python -m experiments.quickstart $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
+
+# Runs on a machine with a CUDA device: the tests marked gpu, with the platform left to JAX.
+test-gpu: $(STAMP)
+	@$(BIN)/python -m pytest -m gpu --device gpu $(ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+# Resolves the lock file again from pyproject.toml.
+lock: $(STAMP)
+	@$(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip compile pyproject.toml --extra dev --universal \
+	  --python-version 3.12 --generate-hashes --no-emit-index-url --no-header --upgrade --quiet \
+	  --output-file requirements.lock && echo "requirements.lock written"
+
+wheel: $(STAMP)
+	@$(BIN)/python -m build --quiet --wheel --outdir dist . && ls dist
+
+# Writes the generated tables of the README.
+readme: $(STAMP)
+	@$(BIN)/python scripts/readme_tables.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
