@@ -1,0 +1,1 @@
+"""Key-value caches and what is kept in them."""

@@ -1,0 +1,85 @@
+"""A contiguous cache of all keys and values."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens so far, in arrays of a fixed size.
+
+    Tokens lie in order of time; what lies at `length` and beyond is not read.
+    """
+
+    key: Float[Array, "B max_length K H"]
+    value: Float[Array, "B max_length K V"]
+    length: Int[Array, ""]
+    """Number of tokens in the cache, the same for all batch rows."""
+
+    @property
+    def max_length(self) -> int:
+        """Returns the number of tokens that the cache can hold."""
+        return self.key.shape[1]
+
+    def append(self, key: Float[Array, "B T K H"], value: Float[Array, "B T K V"]) -> "KVCache":
+        """Returns the cache with T more tokens, cast to its dtype.
+
+        Where the length is traced, an overflow cannot raise: the tokens that did not fit are then
+        stored as NaN, over the last ones, so that it shows in every later output.
+
+        Raises:
+          ValueError: shapes do not fit the cache, or the tokens do not fit into it.
+        """
+        for name, new, old in (("key", key, self.key), ("value", value, self.value)):
+            if new.ndim != 4 or (new.shape[0], *new.shape[2:]) != (old.shape[0], *old.shape[2:]):
+                wanted = (old.shape[0], "T", *old.shape[2:])
+                raise ValueError(f"{name}: shape {new.shape} does not fit the cache's, {wanted}")
+        if key.shape[1] != value.shape[1]:
+            raise ValueError(
+                f"value: {value.shape[1]} tokens must be as many as key's {key.shape[1]}"
+            )
+        used = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
+        if used + key.shape[1] > self.max_length:
+            raise ValueError(
+                f"key: {key.shape[1]} more tokens do not fit into a cache of {self.max_length} "
+                f"that holds {used}; make it with a larger max_length"
+            )
+        length = self.length + key.shape[1]
+        fits = length <= self.max_length
+        key, value = (
+            jax.lax.dynamic_update_slice_in_dim(
+                old, jnp.where(fits, new.astype(old.dtype), jnp.nan), self.length, axis=1
+            )
+            for old, new in ((self.key, key), (self.value, value))
+        )
+        return KVCache(key, value, length)
+
+
+def init_kv_cache(
+    batch: int,
+    max_length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: DTypeLike = jnp.float32,
+) -> KVCache:
+    """Returns an empty cache.
+
+    Args:
+      batch: number of sequences.
+      max_length: number of tokens that it can hold.
+      num_kv_heads: number of key heads.
+      head_dim: width of a key.
+      value_dim: width of a value.
+      dtype: of keys and values.
+    """
+    return KVCache(
+        key=jnp.zeros((batch, max_length, num_kv_heads, head_dim), dtype),
+        value=jnp.zeros((batch, max_length, num_kv_heads, value_dim), dtype),
+        length=jnp.zeros((), jnp.int32),
+    )

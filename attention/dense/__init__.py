@@ -1,0 +1,1 @@
+"""Exact attention and its score functions, normalisers and position terms."""

@@ -1,0 +1,1 @@
+"""Linear attention: feature maps, decays, gates, delta rules, recurrences, state-space scans."""

@@ -1,0 +1,1 @@
+"""Text data sets, and the pipeline that makes rows of tokens of them."""

@@ -1,0 +1,193 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, a progress line, and the plot of its curves."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import matplotlib
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from experiments.config import LogConfig
+from experiments.errors import ExperimentError
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+METRICS = "metrics.jsonl"
+PLOT = "curves.png"
+
+
+class Record:
+    """Writes a run's metrics and shows its progress. Only one process of a run should hold one.
+
+    Args:
+      run: the run's directory.
+      config: how often, and whether TensorBoard too.
+      steps: length of the run.
+      start: steps that are done; later lines of an interrupted run are taken back.
+    """
+
+    def __init__(self, run: Path, config: LogConfig, steps: int, start: int = 0):
+        self._run, self._config, self._steps = run, config, steps
+        self._console = Console(stderr=False)
+        self._live = self._console.is_terminal
+        try:
+            self._keep_until(start)
+            self._file = (run / METRICS).open("a", buffering=1)
+            self._board = (
+                SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
+                if config.tensorboard
+                else None
+            )
+        except OSError as error:
+            raise ExperimentError(f"cannot write to {run}: {error}") from error
+        self._progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=start, text="")
+        self._clock = time.monotonic()
+        self._since = start
+        self._started, self._first = self._clock, start
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, step: int, metrics: dict[str, float], tokens: int) -> None:
+        """Takes the metrics of a finished step of so many tokens."""
+        if step % self._config.every and step != self._steps:
+            self._progress.update(self._task, completed=step)
+            return
+        now = time.monotonic()
+        speed = tokens * (step - self._since) / max(now - self._clock, 1e-9)
+        self._clock, self._since = now, step
+        bits = metrics["loss"] / math.log(2)
+        self.write(step, {**metrics, "bits_per_byte": bits, "tokens_per_second": round(speed)})
+        text = f"loss {metrics['loss']:.4f}  {bits:.3f} bits/byte  {speed:,.0f} tokens/s"
+        self._progress.update(self._task, completed=step, text=text)
+        if not self._live:
+            left = (now - self._started) / (step - self._first) * (self._steps - step)
+            self.say(f"step {step}/{self._steps}  {text}  left {_duration(left)}")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends one line of metrics.
+
+        Raises:
+          ExperimentError: if the disk does not take it.
+        """
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise ExperimentError(f"cannot write {self._run / METRICS}: {error}") from error
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def pause(self) -> None:
+        """Call after a break such as an evaluation, so that it does not count as slow steps."""
+        self._clock = time.monotonic()
+
+    def _keep_until(self, start: int) -> None:
+        path = self._run / METRICS
+        if path.exists():
+            kept = [row for row in read_metrics(self._run) if row["step"] <= start]
+            new = path.with_suffix(".new")
+            new.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            new.replace(path)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line that was cut off is left out."""
+    rows = []
+    for line in (run / METRICS).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            print(f"note: {run / METRICS} has an incomplete line, left out", file=sys.stderr)
+    return rows
+
+
+def plot(run: Path, baselines: dict[str, float] | None = None) -> Path:
+    """Draws a run's curves into `curves.png` in its directory.
+
+    Args:
+      run: the run's directory.
+      baselines: bits per byte by name, drawn as horizontal lines.
+
+    Returns:
+      The picture's path.
+    """
+    rows = read_metrics(run)
+    training = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
+    validation = [
+        (row["step"], row["validation_bits_per_byte"])
+        for row in rows
+        if "validation_bits_per_byte" in row
+    ]
+    rates = [(row["step"], row["learning_rate"]) for row in rows if "learning_rate" in row]
+    figure, (above, below) = plt.subplots(
+        2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1), layout="constrained"
+    )
+    if training:
+        steps, bits = np.asarray(training).T
+        above.plot(steps, bits, color="tab:blue", alpha=0.35, linewidth=1)
+        above.plot(steps, _smooth(bits), color="tab:blue", label="training")
+    if validation:
+        above.plot(*np.asarray(validation).T, "o-", color="tab:orange", label="validation")
+    for (name, bits), style in zip((baselines or {}).items(), ("--", "-.", ":") * 9, strict=False):
+        above.axhline(bits, color="gray", linestyle=style, linewidth=1, label=f"{name} (test)")
+    above.set_ylabel("bits per byte")
+    above.set_ylim(0, 8)
+    above.grid(alpha=0.3)
+    if above.get_legend_handles_labels()[0]:
+        above.legend()
+    if rates:
+        below.plot(*np.asarray(rates).T, color="tab:green")
+    below.set_ylabel("learning rate")
+    below.set_xlabel("step")
+    below.grid(alpha=0.3)
+    figure.suptitle(run.name)
+    path = run / PLOT
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _smooth(values: np.ndarray, weight: float = 0.9) -> np.ndarray:
+    """Exponential mean, corrected for its start."""
+    mean, norm, smooth = 0.0, 0.0, []
+    for value in values:
+        mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
+        smooth.append(mean / norm)
+    return np.asarray(smooth)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

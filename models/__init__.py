@@ -1,0 +1,1 @@
+"""Flax NNX models: layers which take any attention mechanism by name, and models made of them."""

@@ -1,0 +1,374 @@
+"""Tiled attention in plain JAX: loops over tiles of queries and keys, on any platform.
+
+No more of the scores exists at a time than one tile of them, so memory is O(T + S), forward and
+backward; of the forward only the output and the log-sum-exp are kept. Tiles of keys that no query
+of a tile can see, by the ranges of the mask, are not visited: a window takes linear time.
+
+A tile of scores is [B, K, keys, G, queries], G query heads to a key head: keys before queries,
+because then the large operand of no product has to be transposed, which XLA does by copying it. For
+the same reason queries are kept as [B, K, H, G, T]; keys and values are cut out of their arrays as
+they are. Where tiles do not divide a length, the last tile moves back to end at the end: what it
+shares with the tile before it is masked where it would count twice.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import masks
+from pallas_kernels.masks import Bound, Tile
+from pallas_kernels.tiled.inputs import Inputs, Options, zero_outside
+
+TILE_SCORES = 2**20
+"""Scores in a tile, over batch and heads: on CPU, 4 MiB of them stay in its caches."""
+
+
+def supports(**call: object) -> str | None:
+    """Returns None: plain JAX serves every call."""
+    del call
+
+
+def forward(
+    options: Options, *inputs: Array
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Returns the output and the log-sum-exp, by an online softmax over tiles of keys."""
+    call = _Call.of(options, Inputs(*inputs))
+    x, dtype = call.x, call.dtype
+    batch, queries, heads, _ = x.query.shape
+    kv_heads, width = x.value.shape[2:]
+    group = heads // kv_heads
+    query = call.by_feature(x.query)
+
+    def row_tile(i: Bound, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, lse = carry
+        row = call.row(i)
+        query_tile = _cut(query, -1, row, call.rows)
+
+        def key_tile(j: Bound, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            maximum, total, sums = carry
+            column = call.column(j)
+            tile = Tile(row, call.rows, column, call.columns)
+            scores, _ = call.scores(query_tile, call.key(column), tile)
+            scores = call.masked(scores, tile, fresh_keys=j * call.columns)
+            new_maximum = jnp.maximum(maximum, scores.max(axis=2))
+            finite = jnp.where(jnp.isneginf(new_maximum), 0, new_maximum)
+            weights = jnp.exp(scores - finite[:, :, None])
+            decay = jnp.exp(maximum - finite)
+            product = call.product("bskv,bksgq->bkvgq", call.value(column), weights)
+            return (
+                new_maximum,
+                total * decay + weights.sum(axis=2),
+                sums * decay[:, :, None] + product,
+            )
+
+        # The sink is a key with a value of zero, seen by every query before all others.
+        shape = (batch, kv_heads, group, call.rows)
+        if x.sink is None:
+            maximum, total = _full(x.query, shape, -jnp.inf, dtype), _full(x.query, shape, 0, dtype)
+        else:
+            maximum, total = call.sink_logits(shape), _full(x.query, shape, 1, dtype)
+        sums = _full(x.query, (batch, kv_heads, width, group, call.rows), 0, dtype)
+        bounds = call.key_tiles(row)
+        maximum, total, sums = _loop(bounds, key_tile, (maximum, total, sums))
+        seen = total > 0
+        out_tile = jnp.where(seen[:, :, None], sums / jnp.where(seen, total, 1)[:, :, None], 0)
+        lse_tile = jnp.where(seen, maximum + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
+        return _put(out, out_tile.astype(out.dtype), -1, row), _put(lse, lse_tile, -1, row)
+
+    out = _full(x.query, (batch, kv_heads, width, group, queries), 0, x.query.dtype)
+    lse = _full(x.query, (batch, kv_heads, group, queries), 0, dtype)
+    out, lse = _loop((0, -(-queries // call.rows)), row_tile, (out, lse))
+    return call.by_token(out), jnp.moveaxis(lse.reshape(batch, heads, queries), 1, 2)
+
+
+def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Array, ...]:
+    """Returns gradients, from the inputs, the results and the cotangents of the results.
+
+    Args:
+      options: static part of the call.
+      names: of the inputs whose gradients are returned: query, key, value, then any of bias, slopes
+        and sink.
+      *args: the inputs, then output, log-sum-exp, and the cotangents of both.
+    """
+    *inputs, out, lse, d_out, d_lse = args
+    call = _Call.of(options, Inputs(*inputs))
+    x, dtype = call.x, call.dtype
+    batch, queries, heads, features = x.query.shape
+    keys, kv_heads, width = x.value.shape[1:]
+    group = heads // kv_heads
+
+    # dS = P (dP - delta). A row without keys has P = 0, whatever its cotangents are.
+    hidden = jnp.isneginf(lse)
+    d_out = jnp.where(hidden[..., None], 0, d_out)
+    delta = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_lse
+    delta = jnp.where(hidden, 0, delta)
+    lse = jnp.where(hidden, jnp.inf, lse)
+    d_sink = None
+    if "sink" in names:
+        d_sink = _unbroadcast(-jnp.exp(x.sink[:, None] - lse) * delta, x.sink[:, None].shape)[:, 0]
+    query, d_out = call.by_feature(x.query), call.by_feature(d_out)
+    lse, delta = (
+        jnp.moveaxis(y, 1, 2).reshape(batch, kv_heads, group, queries) for y in (lse, delta)
+    )
+
+    def key_tile(j: Bound, carry: _Gradients) -> _Gradients:
+        column = call.column(j)
+        key, value = call.key(column), call.value(column)
+
+        def row_tile(i: Bound, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            gradients, d_key, d_value = carry
+            row = call.row(i)
+            tile = Tile(row, call.rows, column, call.columns)
+            query_tile, d_out_tile, lse_tile, delta_tile = (
+                _cut(y, -1, row, call.rows) for y in (query, d_out, lse, delta)
+            )
+            scores, slope = call.scores(query_tile, key, tile)
+            scores = call.masked(scores, tile, j * call.columns, i * call.rows)
+            weights = jnp.exp(scores - lse_tile[:, :, None])
+            d_value += call.product("bksgq,bkvgq->bksv", weights, d_out_tile)
+            d_weights = call.product("bskv,bkvgq->bksgq", value, d_out_tile)
+            d_scores = weights * (d_weights - delta_tile[:, :, None])
+            d_bias, d_slopes = gradients.bias, gradients.slopes
+            if d_bias is not None:
+                d_bias = _add_tile(d_bias, call.ungrouped(d_scores), tile)
+            if d_slopes is not None:
+                d_slopes -= _unbroadcast(
+                    jnp.sum(d_scores * call.distance(tile), axis=(2, 4)).reshape(batch, heads),
+                    d_slopes.shape,
+                )
+            d_products = d_scores * (options.scale * slope)
+            d_key += call.product("bksgq,bkhgq->bksh", d_products, query_tile)
+            d_query = call.product("bskh,bksgq->bkhgq", key, d_products)
+            d_query = _add(gradients.query, d_query, -1, row)
+            gradients = gradients._replace(query=d_query, bias=d_bias, slopes=d_slopes)
+            return gradients, d_key, d_value
+
+        d_key = _full(x.query, (batch, kv_heads, call.columns, features), 0, dtype)
+        d_value = _full(x.query, (batch, kv_heads, call.columns, width), 0, dtype)
+        carry, d_key, d_value = _loop(call.row_tiles(column), row_tile, (carry, d_key, d_value))
+        d_key, d_value = (jnp.swapaxes(y, 1, 2) for y in (d_key, d_value))
+        return carry._replace(
+            key=_add(carry.key, d_key.astype(x.key.dtype), 1, column),
+            value=_add(carry.value, d_value.astype(x.value.dtype), 1, column),
+        )
+
+    gradients = _Gradients(
+        query=_full(x.query, query.shape, 0, dtype),
+        key=_full(x.query, x.key.shape, 0, x.key.dtype),
+        value=_full(x.query, x.value.shape, 0, x.value.dtype),
+        bias=_full(x.query, x.bias.shape, 0, dtype) if "bias" in names else None,
+        slopes=_full(x.query, x.slopes.shape, 0, dtype) if "slopes" in names else None,
+    )
+    gradients = _loop((0, -(-keys // call.columns)), key_tile, gradients)
+    optional = (gradients.bias, gradients.slopes, d_sink)
+    return (
+        call.by_token(gradients.query).astype(x.query.dtype),
+        gradients.key,
+        gradients.value,
+        *(gradient for gradient in optional if gradient is not None),
+    )
+
+
+class _Gradients(NamedTuple):
+    """What the backward adds up, tile by tile."""
+
+    query: Float[Array, "B K H G T"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K V"]
+    bias: Array | None
+    slopes: Array | None
+
+
+class _Call(NamedTuple):
+    """The parts that forward and backward share."""
+
+    options: Options
+    x: Inputs
+    rows: int
+    columns: int
+    dtype: Any
+    key_range: tuple[Bound, Bound]
+
+    @classmethod
+    def of(cls, options: Options, x: Inputs) -> "_Call":
+        batch, queries, heads, _ = x.query.shape
+        keys = x.key.shape[1]
+        rows, columns = tile_sizes(options, batch * heads, queries, keys)
+        key_range = (0, keys)
+        if x.mask is not None:
+            x = x._replace(mask=x.mask.prepared(queries, keys))
+            key_range = x.mask.key_range(0, queries, keys)
+            query = zero_outside(x.query, 0, *x.mask.query_range(0, keys, queries))
+            x = x._replace(query=query)
+        dtype = jnp.promote_types(x.query.dtype, jnp.float32)
+        return cls(options, x, rows, columns, dtype, key_range)
+
+    def row(self, i: Bound) -> Bound:
+        return _minimum(i * self.rows, self.x.query.shape[1] - self.rows)
+
+    def column(self, j: Bound) -> Bound:
+        return _minimum(j * self.columns, self.x.key.shape[1] - self.columns)
+
+    def key_tiles(self, row: Bound) -> tuple[Bound, Bound]:
+        """Returns the range of key tiles that some of the queries of a tile see."""
+        keys = self.x.key.shape[1]
+        bounds = (0, keys) if self.x.mask is None else self.x.mask.key_range(row, self.rows, keys)
+        return _tiles(bounds, keys, self.columns)
+
+    def row_tiles(self, column: Bound) -> tuple[Bound, Bound]:
+        """Returns the range of query tiles that see some of the keys of a tile."""
+        queries, mask = self.x.query.shape[1], self.x.mask
+        bounds = (0, queries) if mask is None else mask.query_range(column, self.columns, queries)
+        return _tiles(bounds, queries, self.rows)
+
+    def key(self, column: Bound) -> Array:
+        return self._tokens(self.x.key, column)
+
+    def value(self, column: Bound) -> Array:
+        return self._tokens(self.x.value, column)
+
+    def _tokens(self, array: Array, column: Bound) -> Array:
+        tile = zero_outside(_cut(array, 1, column, self.columns), column, *self.key_range)
+        return tile.astype(self.x.query.dtype)
+
+    def product(self, subscripts: str, a: Array, b: Array) -> Array:
+        """Multiplies in the precision of the query and sums in at least float32."""
+        a, b = (y.astype(self.x.query.dtype) for y in (a, b))
+        return jnp.einsum(subscripts, a, b, preferred_element_type=self.dtype)
+
+    def scores(self, query: Array, key: Array, tile: Tile) -> tuple[Array, Array | float]:
+        """Returns the scores of a tile before masking, and the derivative of the soft cap."""
+        scores = self.options.scale * self.product("bskh,bkhgq->bksgq", key, query)
+        slope, cap = 1.0, self.options.logits_soft_cap
+        if cap is not None:
+            bounded = jnp.tanh(scores / cap)
+            scores, slope = cap * bounded, 1 - bounded**2
+        if self.x.bias is not None:
+            scores += self.grouped(masks.sliced_tile(self.x.bias, tile))
+        if self.x.slopes is not None:
+            slopes = self.x.slopes[:, :, None, None].astype(self.dtype)
+            scores -= self.grouped(slopes) * self.distance(tile)
+        return scores, slope
+
+    def masked(
+        self, scores: Array, tile: Tile, fresh_keys: Bound, fresh_queries: Bound = 0
+    ) -> Array:
+        """Returns scores with -inf where the mask, or an earlier tile that overlaps, says so."""
+        _, queries, _, _ = self.x.query.shape
+        allowed = None
+        if self.x.mask is not None:
+            allowed = self.grouped(self.x.mask.tile(tile))
+        if self.x.key.shape[1] % self.columns:
+            fresh = self.grouped(tile.keys >= fresh_keys)
+            allowed = fresh if allowed is None else allowed & fresh
+        if queries % self.rows and not isinstance(fresh_queries, int):
+            fresh = self.grouped(tile.queries >= fresh_queries)
+            allowed = fresh if allowed is None else allowed & fresh
+        return scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
+
+    def distance(self, tile: Tile) -> Array:
+        """Returns the distances between queries and keys, in the layout of scores."""
+        offset = jnp.reshape(self.x.offset, (-1, 1, 1, 1))
+        distance = jnp.abs(tile.queries + offset - tile.keys)
+        return self.grouped(distance.astype(self.dtype))
+
+    def sink_logits(self, shape: Sequence[int]) -> Array:
+        sink = self.x.sink.astype(self.dtype)
+        return jnp.broadcast_to(sink.reshape(-1, *shape[1:3], 1), shape)
+
+    def grouped(self, tile: Array) -> Array:
+        """Returns a tile [B, heads, queries, keys] in the layout of scores."""
+        batch, heads, rows, columns = tile.shape
+        kv_heads = min(heads, self.x.key.shape[2])
+        tile = tile.reshape(batch, kv_heads, heads // kv_heads, rows, columns)
+        return jnp.moveaxis(tile, 4, 2)
+
+    def ungrouped(self, tile: Array) -> Array:
+        """Returns a tile in the layout of scores as [B, N, queries, keys]."""
+        batch, kv_heads, columns, group, rows = tile.shape
+        return jnp.moveaxis(tile, 2, 4).reshape(batch, kv_heads * group, rows, columns)
+
+    def by_feature(self, array: Array) -> Array:
+        """Returns [B, T, N, H] as [B, K, H, G, T]."""
+        batch, queries, heads, features = array.shape
+        kv_heads = self.x.key.shape[2]
+        array = array.reshape(batch, queries, kv_heads, heads // kv_heads, features)
+        return jnp.transpose(array, (0, 2, 4, 3, 1))
+
+    def by_token(self, array: Array) -> Array:
+        """Returns [B, K, H, G, T] as [B, T, N, H]."""
+        batch, kv_heads, features, group, queries = array.shape
+        array = jnp.transpose(array, (0, 4, 1, 3, 2))
+        return array.reshape(batch, queries, kv_heads * group, features)
+
+
+def tile_sizes(options: Options, batch_heads: int, queries: int, keys: int) -> tuple[int, int]:
+    """Returns the number of queries and keys in a tile, by default about TILE_SCORES scores."""
+    bits = int(math.log2(max(TILE_SCORES // batch_heads, 1)))
+    rows, columns = (min(max(2**n, 64), 512) for n in ((bits + 1) // 2, bits // 2))
+    if queries < rows:
+        columns = min(columns * (rows // queries), 1024)
+    return min(queries, options.tile_q or rows), min(keys, options.tile_k or columns)
+
+
+def _loop(bounds: tuple[Bound, Bound], body: Callable[[Bound, Any], Any], carry: Any) -> Any:
+    """Is `fori_loop`, without a loop for no or one round."""
+    start, stop = bounds
+    if isinstance(start, int) and isinstance(stop, int) and stop <= start + 1:
+        return body(start, carry) if start < stop else carry
+    return jax.lax.fori_loop(jnp.int32(start), jnp.int32(stop), body, carry)
+
+
+def _tiles(bounds: tuple[Bound, Bound], length: int, size: int) -> tuple[Bound, Bound]:
+    """Returns the range of tiles that cover a range of tokens of any batch row."""
+    start, stop = bounds
+    start = start if isinstance(start, int) else jnp.min(start)
+    stop = stop if isinstance(stop, int) else jnp.max(stop)
+    if isinstance(start, int) and isinstance(stop, int):
+        return max(start, 0) // size, -(-min(stop, length) // size)
+    return jnp.maximum(start, 0) // size, -(-jnp.minimum(stop, length) // size)
+
+
+def _minimum(a: Bound, b: int) -> Bound:
+    return min(a, b) if isinstance(a, int) else jnp.minimum(a, b)
+
+
+def _full(like: Array, shape: Sequence[int], value: float, dtype: Any) -> Array:
+    """Is `jnp.full`, varying over the same axes of a shard_map as `like`."""
+    return jnp.full_like(like, value, shape=tuple(shape), dtype=dtype)
+
+
+def _cut(array: Array, axis: int, start: Bound, size: int) -> Array:
+    if size == array.shape[axis]:
+        return array
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+
+
+def _put(array: Array, tile: Array, axis: int, start: Bound) -> Array:
+    if tile.shape[axis] == array.shape[axis]:
+        return tile
+    return jax.lax.dynamic_update_slice_in_dim(array, tile, start, axis)
+
+
+def _add(array: Array, tile: Array, axis: int, start: Bound) -> Array:
+    return _put(array, _cut(array, axis, start, tile.shape[axis]) + tile, axis, start)
+
+
+def _add_tile(array: Array, tile: Array, at: Tile) -> Array:
+    """Adds a tile of [B, N, T, S] to an array that broadcasts to it."""
+    row = at.row if array.shape[2] > 1 else 0
+    column = at.column if array.shape[3] > 1 else 0
+    sizes = [min(a, b) for a, b in zip(array.shape, tile.shape, strict=True)]
+    start = (0, 0, row, column)
+    part = jax.lax.dynamic_slice(array, start, sizes) + _unbroadcast(tile, sizes)
+    return jax.lax.dynamic_update_slice(array, part, start)
+
+
+def _unbroadcast(array: Array, shape: Sequence[int]) -> Array:
+    """Sums an array over the dimensions in which `shape` has 1."""
+    axes = tuple(i for i, size in enumerate(shape) if size == 1 < array.shape[i])
+    return jnp.sum(array, axes, keepdims=True) if axes else array

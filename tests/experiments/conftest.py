@@ -1,0 +1,79 @@
+"""Data and processes that the tests of the experiments share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def shared_directory(tmp_path_factory) -> Path:
+    """A directory of this test run that all its worker processes see."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    path = base / "shared"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_directory(shared_directory) -> Path:
+    """Where the data sets of this test run are built, once."""
+    return shared_directory / "tfds"
+
+
+@pytest.fixture
+def command(shared_directory, data_directory):
+    """Starts `python -m MODULE ARGUMENTS` in a process of its own, with one CPU device.
+
+    Returns a function that gives the running process; its output is text.
+    """
+    running = []
+
+    def start(module: str, *arguments: object, devices: int = 1, **options) -> subprocess.Popen:
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "TFDS_DATA_DIR": str(data_directory),
+            "JAX_COMPILATION_CACHE_DIR": str(shared_directory / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(ROOT),
+            "COLUMNS": "160",
+            **options.pop("environment", {}),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            cwd=options.pop("cwd", ROOT),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run_command(command):
+    """As `command`, but waits: returns exit code, stdout and stderr."""
+
+    def run(module: str, *arguments: object, timeout: float = 300, **options):
+        process = command(module, *arguments, **options)
+        out, err = process.communicate(timeout=timeout)
+        return process.returncode, out, err
+
+    return run
