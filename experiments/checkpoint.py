@@ -173,7 +173,11 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=keep, cleanup_tmp_directories=True
+                    preservation_policy=keep,
+                    cleanup_tmp_directories=True,
+                    # Without these Orbax does not write the metrics down.
+                    best_fn=lambda metrics: metrics[METRIC],
+                    best_mode="min",
                 ),
             )
         return self._manager

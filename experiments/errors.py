@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 
@@ -24,6 +25,8 @@ class ExperimentError(Exception):
 
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's `main`; an ExperimentError becomes its message on stderr and an exit code."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("experiments").setLevel(logging.INFO)
     try:
         main()
     except ExperimentError as error:

@@ -153,7 +153,7 @@ class Trainer:
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, gradients = self._gradients(state.parameters, batch)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         halted = state.halted | ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.parameters)
         stepped = TrainState(

@@ -210,7 +210,7 @@ class _Run:
         pending: _Pending | None = None
         for step in range(start + 1, steps + 1):
             position = self._rows.get_state()
-            rows = next(self._rows)
+            rows = self._next_rows()
             state, metrics = self._trainer.step(state, parallel.global_batch(rows, self._mesh))
             # The step before is looked at while this one runs.
             self._look_at(pending, state)
@@ -234,6 +234,12 @@ class _Run:
                 return Outcome(self._directory, step, stop)
         self._checkpoints.close()
         return Outcome(self._directory, steps)
+
+    def _next_rows(self) -> dict[str, np.ndarray]:
+        try:
+            return next(self._rows)
+        except OSError as error:
+            raise ExperimentError(f"data: {error}") from error
 
     def _look_at(self, pending: _Pending | None, state: TrainState) -> None:
         """Waits for a step's metrics, writes them down, and ends the run where they are not finite.
@@ -277,15 +283,18 @@ class _Run:
 
     def bits_per_byte(self, parameters: Any) -> float:
         """The loss on the beginning of the validation split."""
-        return measure(
-            self._trainer,
-            parameters,
-            self._mesh,
-            self._config,
-            split=self._config.data.validation_split,
-            max_bytes=self._config.log.evaluate_bytes,
-            part=(self._part, self._parts),
-        )[0]
+        try:
+            return measure(
+                self._trainer,
+                parameters,
+                self._mesh,
+                self._config,
+                split=self._config.data.validation_split,
+                max_bytes=self._config.log.evaluate_bytes,
+                part=(self._part, self._parts),
+            )[0]
+        except (ValueError, OSError) as error:
+            raise ExperimentError(f"data: {error}") from error
 
     def _save(self, step: int, state: TrainState) -> None:
         value = self._validation

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
@@ -56,7 +57,7 @@ class DecoderConfig:
     mechanism: str = "softmax_attention"
     """Name of the attention mechanism in the catalogue; it must have a causal form."""
     options: dict[str, Option] = dataclasses.field(default_factory=dict, hash=False)
-    """Further options of the mechanism, such as logits_soft_cap or chunk_size."""
+    """Further options of the mechanism, such as logits_soft_cap."""
     implementation: Literal["reference", "xla", "pallas_tpu", "pallas_gpu"] | None = None
     """Implementation of the mechanism; None: the best one for the platform."""
     positions: Positions | None = "rope"
@@ -91,8 +92,8 @@ class DecoderConfig:
     """What the backward pass computes again instead of keeping: nothing, every block from its
     input, or everything but the products with weights."""
     scan_layers: bool = False
-    """Whether layers of equal structure are one loop of the compiled program: compiles faster when
-    there are many, and keeps more between forward and backward unless `remat` is set."""
+    """Whether layers of equal structure are one loop of the compiled program: it compiles faster
+    when there are many, and needs memory for one more copy of the parameters and gradients."""
 
     def __post_init__(self) -> None:
         """Checks what does not depend on the mechanism."""
@@ -326,7 +327,7 @@ class DecoderLM(nnx.Module):
         """Logits of the token after each one, float32.
 
         Args:
-          tokens: ids in [0, vocab_size); others give NaN.
+          tokens: ids in [0, vocab_size); larger ones give NaN.
           segment_ids: document of every token; documents packed into one row do not see each other.
 
         Raises:
@@ -348,7 +349,8 @@ class DecoderLM(nnx.Module):
 
         Args:
           batch: B.
-          max_length: the most tokens that `step` will be given in all.
+          max_length: the most tokens that `step` will be given in all. A cache raises or, within a
+            compiled program, gives NaN if they are more.
 
         Raises:
           ValueError: the mechanism has no step form.
@@ -427,9 +429,9 @@ _REMAT_POLICIES = {
 }
 
 
-def _slopes(block: DecoderBlock) -> dict[str, Array]:
-    options = dict(block.attention.options)
-    return {name: jnp.asarray(options[name]) for name in ("slopes",) if name in options}
+def _slopes(block: DecoderBlock) -> dict[str, np.ndarray]:
+    slopes = dict(block.attention.options).get("slopes")
+    return {} if slopes is None else {"slopes": np.asarray(slopes, np.float32)}
 
 
 def _check_tokens(tokens: Array) -> None:

@@ -143,6 +143,9 @@ def documents(config: TextDataConfig, split: str, max_bytes: int | None = None) 
       split: a split of the data set, such as `config.test_split`.
       max_bytes: where to stop, in the middle of a document if need be; None: at the end.
 
+    Returns:
+      an iterator of the documents' bytes.
+
     Raises:
       ValueError, OSError: as `train_dataset`.
     """
@@ -179,9 +182,9 @@ def evaluation_batches(
       sequence_length: T, targets in a row.
       max_bytes: how much of the split is taken, from its beginning; None: all.
 
-    Yields:
-      {"tokens": int32 [B, T + 1], "segment_ids": int32 [B, T + 1] (0: padding), "weights":
-      float32 [B, T]}; the weights are those of `targets_and_weights`.
+    Returns:
+      an iterator of {"tokens": int32 [B, T + 1], "segment_ids": int32 [B, T + 1] (0: padding),
+      "weights": float32 [B, T]}; the weights are those of `targets_and_weights`.
 
     Raises:
       ValueError, OSError: as `train_dataset`.

@@ -24,10 +24,8 @@ Activation = Literal["silu"]
 
 # What the layer passes by itself, or what would change the form of the result.
 _RESERVED = frozenset(
-    "query key value is_causal segment_ids initial_state return_state return_residual".split()
+    "state query key value is_causal segment_ids initial_state return_state return_residual".split()
 )
-
-
 _BOTH = frozenset({"self causal", "self non-causal"})
 
 

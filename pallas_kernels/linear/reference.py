@@ -25,6 +25,8 @@ def forward(
     if memory is None:
         memory = jnp.zeros_like(x.query, shape=(batch, heads, features, width), dtype=dtype)
     decay = jnp.ones((1, 1), dtype) if x.log_decay is None else jnp.exp(finite(x.log_decay))
+    # By row, so that its gradient is summed over the batch once and not for each token.
+    decay = jnp.broadcast_to(decay, (batch, heads))
     runs = jnp.zeros((batch, tokens), jnp.int32) if x.runs is None else x.runs
     continues = jnp.diff(runs, axis=1, prepend=0) == 0
 

@@ -53,13 +53,20 @@ class _Part(NamedTuple):
     stride: int  # tokens from one chunk to the next; the same in all parts
 
 
+class _Weight(NamedTuple):
+    """`exp(steps * log_decay)`, or 0, or a multiple: what something counts for after some steps."""
+
+    value: Float[Array, "B|1 K G _ _"]
+    steps: Int[Array, "_ _"]
+
+
 class _Weights(NamedTuple):
     """How much the tokens of a chunk and the memory before it count (see the module)."""
 
-    within: Float[Array, "B|1 K G C C"]
-    carried: Float[Array, "B|1 K G C 1"]
-    added: Float[Array, "B|1 K G C 1"]
-    kept: Float[Array, "B|1 K G 1 1"]
+    within: _Weight  # [B|1, K, G, C, C]
+    carried: _Weight  # [B|1, K, G, C, 1]
+    added: _Weight  # [B|1, K, G, C, 1]
+    kept: _Weight  # [B|1, K, G, 1, 1]
 
 
 def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Array, ...]:
@@ -74,6 +81,7 @@ def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Array, ...]:
     memory = _grouped(memory, 1, group)
     memories = _zeros(x, (batch, chunks, *memory.shape[1:]), _precision(x))
     out = _zeros(x, (batch, tokens, heads // group, group, width), x.query.dtype)
+    slope = _zeros(x, memory.shape[:3], x.accumulator)
 
     def step(part: _Part, weights: _Weights, i: Any, carry: tuple) -> tuple:
         memory, out, memories = carry
@@ -81,12 +89,13 @@ def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Array, ...]:
             kept = memory[:, None].astype(memories.dtype)
             memories = jax.lax.dynamic_update_slice_in_dim(memories, kept, i, axis=1)
         chunk = [_cut(a, i * part.stride, part.size, _precision(x)) for a in arrays]
-        out_chunk, memory = _chunk(_segmented(weights, x.runs, part, i), memory, *chunk)
+        weights = _segmented(weights, x.runs, part, i)
+        out_chunk, memory = _chunk(weights, slope, memory, *chunk)
         return memory, _put(out, out_chunk, i * part.stride), memories
 
     carry = (memory, out, memories)
     for part in parts:
-        weights = _weights(options, x, part.size, x.log_decay)
+        weights = _weights(options, x, part.size)
         carry = _loop(part, functools.partial(step, part, weights), carry)
     memory, out, memories = carry
     state = (heads, features, width)
@@ -110,62 +119,55 @@ def backward(options: Options, *arguments: Array | None) -> tuple[Array, ...]:
     group = x.query.shape[2] // x.key.shape[2]
     arrays = (_grouped(x.query, 2, group), x.key, x.value)
     memories, d_out = _grouped(memories, 2, group), _grouped(d_out, 2, group)
-    learned = x.log_decay is not None
 
     def step(part: _Part, weights: _Weights, i: Any, carry: tuple) -> tuple:
-        d_arrays, d_memory, d_weights = carry
+        d_arrays, d_memory, d_slope = carry
         start = i * part.stride
-
-        def chunk(weights: _Weights, *operands: Array) -> tuple[Array, Array]:
-            return _chunk(_segmented(weights, x.runs, part, i), *operands)
-
+        weights = _segmented(weights, x.runs, part, i)
         memory = jax.lax.dynamic_index_in_dim(memories, i, 1, keepdims=False)
         chunks = [_cut(a, start, part.size, _precision(x)) for a in arrays]
-        _, transpose = jax.vjp(chunk, weights, memory.astype(x.accumulator), *chunks)
+        operands = slope, memory.astype(x.accumulator), *chunks
+        _, transpose = jax.vjp(functools.partial(_chunk, weights), *operands)
         d_chunk_out = _cut(d_out, start, part.size, x.accumulator)
-        d_chunk_weights, d_memory, *d_chunks = transpose((d_chunk_out, d_memory))
-        if learned:
-            d_weights = jax.tree.map(jnp.add, d_weights, d_chunk_weights)
+        d_chunk_slope, d_memory, *d_chunks = transpose((d_chunk_out, d_memory))
         d_arrays = [_put(a, d, start) for a, d in zip(d_arrays, d_chunks, strict=True)]
-        return d_arrays, d_memory, d_weights
+        return d_arrays, d_memory, d_slope + d_chunk_slope
 
-    d_arrays = [jnp.zeros_like(a) for a in arrays]
-    d_memory = _grouped(d_memory, 1, group)
-    d_log_decay = jnp.zeros_like(x.log_decay) if learned else None
+    slope = _zeros(x, d_memory.shape[:2], x.accumulator)
+    slope = _grouped(slope, 1, group)
+    carry = [jnp.zeros_like(a) for a in arrays], _grouped(d_memory, 1, group), slope
     for part in reversed(_parts(x.query.shape[1], options.chunk_size)):
-        make = functools.partial(_weights, options, x, part.size)
-        weights, to_log_decay = jax.vjp(make, x.log_decay)
-        d_weights = jax.tree.map(jnp.zeros_like, weights) if learned else None
-        carry = (d_arrays, d_memory, d_weights)
+        weights = _weights(options, x, part.size)
         carry = _loop(part, functools.partial(step, part, weights), carry, backwards=True)
-        d_arrays, d_memory, d_weights = carry
-        if learned:
-            d_log_decay += to_log_decay(d_weights)[0]
+    d_arrays, d_memory, d_slope = carry
 
     gradients = [d.reshape(a.shape) for d, a in zip(d_arrays, x, strict=False)]
-    if learned:
-        gradients.append(d_log_decay)
+    if x.log_decay is not None:
+        d_log_decay = d_slope.reshape(d_slope.shape[0], -1)
+        one = x.log_decay.shape[0] == 1
+        gradients.append(d_log_decay.sum(0, keepdims=True) if one else d_log_decay)
     if x.memory is not None:
         gradients.append(d_memory.reshape(x.memory.shape))
     return tuple(gradients)
 
 
-def _weights(
-    options: Options, x: Inputs, size: int, log_decay: Float[Array, "B|1 N"] | None
-) -> _Weights:
+def _weights(options: Options, x: Inputs, size: int) -> _Weights:
     """Returns the weights of a constant decay, for all chunks of `size` tokens."""
     heads = x.query.shape[2]
+    log_decay = x.log_decay
     log_decay = jnp.zeros((1, heads), x.accumulator) if log_decay is None else finite(log_decay)
-    log_decay = _grouped(log_decay, 1, heads // x.key.shape[2])
-    log_decay = log_decay[..., None, None]
+    log_decay = _grouped(log_decay, 1, heads // x.key.shape[2])[..., None, None]
+
+    def weight(steps: Int[Array, "_ _"], scale: float = 1.0) -> _Weight:
+        value = jnp.exp(jnp.maximum(steps, 0) * log_decay)
+        return _Weight(jnp.where(steps >= 0, scale * value, 0), steps)
+
     token = jnp.arange(size)[:, None]
-    distance = token - token.T
-    within = jnp.where(distance >= 0, jnp.exp(jnp.maximum(distance, 0) * log_decay), 0)
     return _Weights(
-        within=options.scale * within,
-        carried=options.scale * jnp.exp((token + 1) * log_decay),
-        added=jnp.exp((size - 1 - token) * log_decay),
-        kept=jnp.exp(size * log_decay),
+        within=weight(token - token.T, options.scale),
+        carried=weight(token + 1, options.scale),
+        added=weight(size - 1 - token),
+        kept=weight(jnp.full((1, 1), size)),
     )
 
 
@@ -177,41 +179,74 @@ def _segmented(weights: _Weights, runs: Int[Array, "B T"] | None, part: _Part, i
     before = jax.lax.dynamic_slice_in_dim(runs, jnp.maximum(start - 1, 0), 1, axis=1)
     runs = jax.lax.dynamic_slice_in_dim(runs, start, part.size, axis=1)
     last = runs[:, -1:]
-
-    def where(same: Bool[Array, "B C"], weight: Array) -> Array:
-        return jnp.where(same[:, None, None, :, None], weight, 0)
-
     same = runs[:, :, None] == runs[:, None]
+
+    def where(same: Bool[Array, "B _ _"], weight: _Weight) -> _Weight:
+        return weight._replace(value=jnp.where(same[:, None, None], weight.value, 0))
+
     return _Weights(
-        within=jnp.where(same[:, None, None], weights.within, 0),
-        carried=where(runs == before, weights.carried),
-        added=where(runs == last, weights.added),
-        kept=where(last == before, weights.kept),
+        within=where(same, weights.within),
+        carried=where((runs == before)[..., None], weights.carried),
+        added=where((runs == last)[..., None], weights.added),
+        kept=where((last == before)[..., None], weights.kept),
     )
 
 
 def _chunk(
     weights: _Weights,
+    slope: Float[Array, "B K G"],
     memory: Float[Array, "B K G H V"],
     query: Float[Array, "B K G C H"],
     key: Float[Array, "B K C H"],
     value: Float[Array, "B K C V"],
 ) -> tuple[Float[Array, "B K G C V"], Float[Array, "B K G H V"]]:
-    """Returns the output of a chunk and the memory after it, both in the accumulators' dtype."""
+    """Returns the output of a chunk and the memory after it, both in the accumulators' dtype.
+
+    The derivative in `slope` is that in the logarithm of the decay, for each row of the batch.
+    """
     batch, kv_heads, group, size, features = query.shape
     width = value.shape[-1]
     # Heads of a group are more rows or columns for their key head, so that XLA sees plain products.
     by_head = batch, kv_heads, group
     rows = batch, kv_heads, group * size
     scores = _product("bkrh,bkjh->bkrj", query.reshape(*rows, features), key)
-    scores = weights.within * scores.reshape(*by_head, size, size)
+    scores = _weighted(weights.within, slope, scores.reshape(*by_head, size, size))
     out = _product("bkrj,bkjv->bkrv", scores.reshape(*rows, size), value)
     carried = _product("bkgih,bkghv->bkgiv", query, memory)
-    out = out.reshape(*by_head, size, width) + weights.carried * carried
-    added = jnp.moveaxis(weights.added * value[:, :, None], 2, 3)
+    out = out.reshape(*by_head, size, width) + _weighted(weights.carried, slope, carried)
+    values = value[:, :, None].astype(memory.dtype)
+    values = jnp.broadcast_to(values, (*by_head, size, width))
+    added = jnp.moveaxis(_weighted(weights.added, slope, values), 2, 3)
     added = _product("bkjh,bkjc->bkhc", key, added.reshape(batch, kv_heads, size, group * width))
     added = added.reshape(batch, kv_heads, features, group, width)
-    return out, weights.kept * memory + jnp.moveaxis(added, 3, 2)
+    return out, _weighted(weights.kept, slope, memory) + jnp.moveaxis(added, 3, 2)
+
+
+@jax.custom_vjp
+def _weighted(
+    weight: _Weight, slope: Float[Array, "B K G"], array: Float[Array, "B K G _ _"]
+) -> Float[Array, "B K G _ _"]:
+    """Returns `weight * array`, with a derivative in the logarithm of the decay for each row.
+
+    The weights are made once for all chunks and rows. Summing their gradients instead would need a
+    collective in every chunk where XLA has sharded the batch.
+    """
+    del slope
+    return weight.value * array
+
+
+def _weighted_forward(weight: _Weight, slope: Array, array: Array) -> tuple[Array, tuple]:
+    return _weighted(weight, slope, array), (weight, array)
+
+
+def _weighted_backward(residuals: tuple, cotangent: Array) -> tuple[None, Array, Array]:
+    weight, array = residuals
+    d_array = weight.value * cotangent
+    d_slope = jnp.sum(weight.steps * (d_array * array), axis=(3, 4))
+    return None, d_slope, d_array.astype(array.dtype)
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

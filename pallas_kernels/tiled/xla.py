@@ -363,7 +363,7 @@ def _add_tile(array: Array, tile: Array, at: Tile) -> Array:
     row = at.row if array.shape[2] > 1 else 0
     column = at.column if array.shape[3] > 1 else 0
     sizes = [min(a, b) for a, b in zip(array.shape, tile.shape, strict=True)]
-    start = (0, 0, row, column)
+    start = [jnp.int32(i) for i in (0, 0, row, column)]
     part = jax.lax.dynamic_slice(array, start, sizes) + _unbroadcast(tile, sizes)
     return jax.lax.dynamic_update_slice(array, part, start)
 

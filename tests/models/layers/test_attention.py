@@ -299,6 +299,8 @@ def test_mechanisms_that_do_not_fit_are_refused(monkeypatch):
 def test_steps_that_do_not_exist_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="is_causal: False, but only a causal layer has a step"):
         make({}, is_causal=False).init_state(1, 8)
+    with pytest.raises(ValueError, match="'query_offset' is not an option of softmax_attention_st"):
+        make({}, options={"query_offset": 0}).init_state(1, 8)
     with_record(monkeypatch, step=None, init_state=None)
     with pytest.raises(ValueError, match="mechanism: 'softmax_attention' has no step form"):
         make({}).init_state(1, 8)
