@@ -70,7 +70,7 @@ class OptimizerConfig:
 class CheckpointConfig:
     """When checkpoints are written, and which are kept."""
 
-    every: int = 200
+    every: int = 100
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 2
     """Newest checkpoints that are kept, beside the one of the best validation loss."""
@@ -82,7 +82,7 @@ class LogConfig:
 
     every: int = 10
     """Steps between lines of metrics.jsonl, TensorBoard and (without a terminal) of the output."""
-    evaluate_every: int = 250
+    evaluate_every: int = 350
     """Steps between measurements on the validation split; 0: never. Also measured at the end."""
     evaluate_bytes: int = 65_536
     """Bytes of the validation split that are used."""
@@ -102,9 +102,9 @@ class TextConfig:
     """Go on from the newest checkpoint of the run, with the run's own configuration."""
     overwrite: bool = False
     """Delete what stands in the run's directory first."""
-    steps: int = 1000
+    steps: int = 700
     """Optimiser steps."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Sequences in a step, over all devices and processes."""
     sequence_length: int = 256
     """Bytes in a sequence."""
@@ -133,8 +133,9 @@ MAY_CHANGE = ("run", "resume", "overwrite", "mesh", "distributed", "log", "check
 
 def presets() -> dict[str, TextConfig]:
     """Every preset by name. The first two train in minutes on two CPU cores."""
-    small = {"num_layers": 4, "num_heads": 4, "features": 192}
-    medium = {"num_layers": 12, "num_heads": 12, "features": 768, "remat": "dots"}
+    small = {"num_layers": 4, "num_heads": 4, "features": 128}
+    medium = {"num_layers": 12, "num_heads": 12, "features": 768}
+    medium |= {"dtype": "bfloat16", "remat": "dots", "scan_layers": True}
     accelerator = TextConfig(
         steps=20_000,
         batch_size=64,

@@ -74,7 +74,7 @@ def forward(
         sums = _full(x.query, (batch, kv_heads, width, group, call.rows), 0, dtype)
         bounds = call.key_tiles(row)
         maximum, total, sums = _loop(bounds, key_tile, (maximum, total, sums))
-        seen = total > 0
+        seen = total != 0  # a NaN stays one
         out_tile = jnp.where(seen[:, :, None], sums / jnp.where(seen, total, 1)[:, :, None], 0)
         lse_tile = jnp.where(seen, maximum + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
         return _put(out, out_tile.astype(out.dtype), -1, row), _put(lse, lse_tile, -1, row)

@@ -109,7 +109,7 @@ def test_wrong_input_is_one_message(module, arguments, code, message, run_comman
 def test_quickstart_that_was_cut_off_goes_on_and_a_finished_one_is_kept(
     command, run_command, tmp_path
 ):
-    options = ("--preset", "tiny", "--no-log.tensorboard", "--data.test-split", "test[:2%]")
+    options = ("--preset", "tiny", "--log.no-tensorboard", "--data.test-split", "test[:2%]")
     root = {"cwd": tmp_path}
     run = tmp_path / "runs" / "tiny"
     process = command("experiments.quickstart", *options, **root)

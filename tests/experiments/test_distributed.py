@@ -11,7 +11,7 @@ from experiments.checkpoint import complete_steps
 from experiments.record import read_metrics
 
 pytestmark = pytest.mark.slow
-TRAIN = ("text", "--preset", "tiny", "--no-log.tensorboard", "--checkpoint.every", "4")
+TRAIN = ("text", "--preset", "tiny", "--log.no-tensorboard", "--checkpoint.every", "4")
 
 
 def start_pair(command, *arguments):

@@ -16,7 +16,7 @@ from experiments.checkpoint import complete_steps
 from experiments.record import read_metrics
 
 pytestmark = pytest.mark.slow
-TRAIN = ("text", "--preset", "tiny", "--no-log.tensorboard")
+TRAIN = ("text", "--preset", "tiny", "--log.no-tensorboard")
 
 
 def parameters(run, step):

@@ -30,7 +30,7 @@ TILES = (8, 12)  # neither divides its length
 
 
 def _normal(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def _arrays(queries=T, keys=S, kv_heads=K, dtype=jnp.float32):
@@ -59,17 +59,24 @@ def _loss(implementation, arrays, cotangents, **options):
     return loss + jnp.vdot(jnp.where(jnp.isneginf(lse), 0, lse), cotangents[1]), (out, lse)
 
 
-def _results(implementation, arrays, mask=None, **options):
+@functools.cache
+def _compiled(implementation, options):
+    """Returns a function to gradients and results that compiles once for many tests."""
+
+    @jax.jit
+    def run(arrays, cotangents, **traced):
+        loss = functools.partial(_loss, implementation, **traced, **dict(options))
+        return jax.grad(loss, has_aux=True)(arrays, cotangents)
+
+    return run
+
+
+def _results(implementation, arrays, mask=None, query_offset=0, **options):
     """Returns results and gradients by all arrays."""
     queries = arrays["query"].shape[1]
     cotangents = _normal(3, B, queries, N, V), _normal(4, B, queries, N)
-
-    @jax.jit
-    def run(arrays, mask):
-        loss = functools.partial(_loss, implementation, mask=mask, **options)
-        return jax.grad(loss, has_aux=True)(arrays, cotangents)
-
-    gradients, results = run(arrays, mask)
+    run = _compiled(implementation, tuple(sorted(options.items())))
+    gradients, results = run(arrays, cotangents, mask=mask, query_offset=query_offset)
     return results, gradients
 
 
@@ -102,10 +109,8 @@ FEATURES = {
         "mask": masks.segments(np.tile(SEGMENTS[:, None], (1, K, 1))[..., :T], SEGMENTS)
     },
     "dilated": {"mask": masks.dilated(3)},
-    "dense": {"mask": masks.dense(jax.random.bernoulli(jax.random.key(6), 0.4, (1, N, T, S)))},
-    "dense of keys": {
-        "mask": masks.dense(jax.random.bernoulli(jax.random.key(6), 0.4, (B, 1, 1, S)))
-    },
+    "dense": {"mask": masks.dense(np.random.default_rng(6).random((1, N, T, S)) < 0.4)},
+    "dense of keys": {"mask": masks.dense(np.random.default_rng(6).random((B, 1, 1, S)) < 0.4)},
     "blocks": {
         "mask": masks.blocks(
             np.array([[[[0, 1, 3], [2, 3, 0], [1, 0, 0]], [[4, 0, 0], [0, 4, 0], [0, 1, 2]]]]),
@@ -260,8 +265,8 @@ def test_double_precision_results(implementation):
 
 
 def test_logits_of_ten_thousand():
-    # Integers, so that logits are exact. Of weights, exp(logit - lse), the backward can know no more
-    # than lse holds: 24 bits of 1e4.
+    # Integers, so that logits are exact. Of weights, exp(logit - lse), the backward can know no
+    # more than lse holds: 24 bits of 1e4.
     query, key = (jnp.round(50 * _normal(seed, B, T, 2, 1)) for seed in (0, 1))
     arrays = {"query": query, "key": key, "value": _normal(2, B, T, 2, V)}
     assert jnp.abs(jnp.einsum("btnh,bsnh->bnts", query, key)).max() > 1e4
@@ -345,6 +350,21 @@ def test_what_a_range_hides_may_be_anything(implementation, mask, queries, keys)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_nan_that_is_seen_shows(implementation):
+    query, key, value = _arrays()
+    out = tiled_attention(
+        query,
+        key.at[0, 10].set(jnp.nan),
+        value,
+        mask=masks.causal(),
+        implementation=implementation,
+        tile_sizes=TILES,
+    )
+    sees = np.arange(T)[None, :] + np.array([[0], [-T]]) >= 10
+    np.testing.assert_array_equal(jnp.isnan(out).any((2, 3)), sees)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_partial_results_merge_exactly(implementation):
     """Attention to two sets of keys, merged by their log-sum-exps, is attention to the union."""
     arrays = _arrays()
@@ -361,7 +381,7 @@ def test_partial_results_merge_exactly(implementation):
         a = call(query, key[:, :cut], value[:, :cut], mask=masks.causal(5), sink=SINK)
         b = call(query, key[:, cut:], value[:, cut:], mask=masks.causal(5 - cut))
         lse = jnp.logaddexp(a[1], b[1])
-        return sum(jnp.exp(l - lse)[..., None] * o for o, l in (a, b)), lse
+        return sum(jnp.exp(part - lse)[..., None] * out for out, part in (a, b)), lse
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(function, arrays):
@@ -453,39 +473,30 @@ def test_default_tiles_agree_with_others():
 
 def test_vmap_over_any_argument():
     query, key, value = _arrays()
-    mask, sink = masks.causal(jnp.array([1, 5, 9])), jnp.stack([SINK, SINK + 1, SINK - 1])
+    queries, keys, values, sinks = (jnp.stack([x, 2 * x, -x]) for x in (query, key, value, SINK))
+    offsets = jnp.array([1, 5, 9])
 
-    def call(query, key, value, sink, mask, implementation="xla"):
-        return tiled_attention(
-            query, key, value, sink=sink, mask=mask, implementation=implementation, tile_sizes=TILES
-        )
+    def results(query, key, value, sink, offset):
+        def call(*arrays):
+            query, key, value, sink = arrays
+            mask = None if offset is None else masks.causal(offset)
+            return tiled_attention(query, key, value, sink=sink, mask=mask, tile_sizes=TILES)
 
-    def loop(function, axes, *args):
+        out, vjp = jax.vjp(call, query, key, value, sink)
+        return out, vjp(out)
+
+    for axes, args in (
+        ((0, 0, 0, None, None), (queries, keys, values, SINK, jnp.int32(4))),
+        ((None, 0, None, None, 0), (query, keys, value, SINK, offsets)),
+        ((None, None, None, 0, None), (query, key, value, sinks, None)),
+    ):
+        one = jax.jit(results)
         rows = [
-            function(
-                *(
-                    x if a is None else jax.tree.map(lambda y: y[i], x)
-                    for x, a in zip(args, axes, strict=True)
-                )
-            )  # noqa: B023
+            one(*(x if axis is None else x[i] for x, axis in zip(args, axes, strict=True)))
             for i in range(3)
         ]
-        return jax.tree.map(lambda *x: jnp.stack(x), *rows)
-
-    queries, keys, values = (jnp.stack([x, 2 * x, -x]) for x in (query, key, value))
-    for axes, args in (
-        ((0, 0, 0, None, None), (queries, keys, values, sink[0], masks.causal(4))),
-        ((None, 0, None, None, 0), (query, keys, value, sink[0], mask)),
-        ((None, None, None, 0, None), (query, key, value, sink, None)),
-    ):
-
-        def gradient(*args):
-            return jax.grad(lambda *x: call(*x, args[-1]).sum(), (0, 1, 2, 3))(*args[:-1])
-
-        for function in (call, gradient):
-            assert_close(
-                jax.jit(jax.vmap(function, axes))(*args), loop(jax.jit(function), axes, *args)
-            )
+        expected = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+        assert_close(jax.jit(jax.vmap(results, axes))(*args), expected)
 
 
 def test_vmap_sums_gradients_of_what_is_shared():
@@ -544,11 +555,11 @@ def test_the_reference_has_second_derivatives():
         return tiled_attention(query, key, value, implementation="reference").sum()
 
     direction = _normal(9, *query.shape)
-    product = jax.jvp(jax.grad(loss), (query,), (direction,))[1]
+    gradient = jax.jit(jax.grad(loss))
+    product = jax.jvp(gradient, (query,), (direction,))[1]
     eps = 1e-2
-    difference = (
-        jax.grad(loss)(query + eps * direction) - jax.grad(loss)(query - eps * direction)
-    ) / (2 * eps)
+    shifted = [gradient(query + sign * eps * direction) for sign in (1, -1)]
+    difference = (shifted[0] - shifted[1]) / (2 * eps)
     np.testing.assert_allclose(product, difference, rtol=1e-2, atol=1e-4)
 
 
