@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
@@ -18,10 +16,6 @@ from experiments.errors import ExperimentError
 
 METRIC = "validation_bits_per_byte"
 DAMAGED = "damaged-"
-
-# Orbax reports each save and each policy decision; a run prints what the user needs of it.
-absl.logging.set_verbosity(absl.logging.ERROR)
-logging.getLogger("orbax").setLevel(logging.ERROR)
 
 
 @dataclasses.dataclass(frozen=True)

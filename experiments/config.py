@@ -281,10 +281,11 @@ def differences(
 
 
 def _option(arguments: list[str], name: str) -> str | None:
-    """The value of an option that is needed before the command line can be parsed."""
+    """The value of an option that is needed before the command line can be parsed; the last counts."""
+    value = None
     for i, argument in enumerate(arguments):
         if argument == name and i + 1 < len(arguments):
-            return arguments[i + 1]
+            value = arguments[i + 1]
         if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-    return None
+            value = argument.partition("=")[2]
+    return value

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable
+from types import TracebackType
+
+import absl.logging
 
 USAGE = 2
 FAILURE = 1
@@ -25,8 +29,7 @@ class ExperimentError(Exception):
 
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's `main`; an ExperimentError becomes its message on stderr and an exit code."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("experiments").setLevel(logging.INFO)
+    _quiet_libraries()
     try:
         main()
     except ExperimentError as error:
@@ -35,3 +38,24 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)
         sys.exit(130)
+
+
+def _quiet_libraries() -> None:
+    """Leaves the terminal to the commands' own messages.
+
+    What fails while a checkpoint is written in the background is raised where it is waited for.
+    Orbax logs it besides, asyncio does for each array, and tensorstore prints a traceback of its
+    own thread.
+    """
+    log = logging.getLogger("experiments")
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+    def main_thread_only(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = main_thread_only

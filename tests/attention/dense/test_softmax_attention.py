@@ -378,7 +378,7 @@ QUERY, KEY, VALUE = _arrays()
         (
             {"implementation": "pallas_gpu"},
             NotImplementedError,
-            r"softmax_attention: implementation 'pallas_gpu' does not serve .* it has xla, reference",
+            r"softmax_attention: implementation 'pallas_gpu' does not .* it has xla, reference",
         ),
     ],
 )
