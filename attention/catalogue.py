@@ -139,7 +139,12 @@ class Mechanism:
         return (self.function.__doc__ or "").strip().partition("\n")[0]
 
 
-def _records() -> list[Mechanism]:
+def discover() -> list[Mechanism]:
+    """Imports every module of the family packages and returns their records.
+
+    Raises:
+      ValueError: a record names another family than the package of its module.
+    """
     records = []
     for family in FAMILIES:
         spec = importlib.util.find_spec(f"attention.{family}")
@@ -163,27 +168,28 @@ def collect(records: list[Mechanism]) -> dict[str, Mechanism]:
     """Table of `records` by slug, in their order.
 
     Raises:
-      ValueError: two records have the same slug, or two export the same name.
+      ValueError: two records have the same slug, or export different things under one name.
       TypeError: a record is not a `Mechanism`.
     """
     table: dict[str, Mechanism] = {}
-    owners: dict[str, str] = {}
+    owners: dict[str, Mechanism] = {}
     for record in records:
         if not isinstance(record, Mechanism):
             raise TypeError(f"RECORD: {record!r} must be a Mechanism")
         if record.slug in table:
             raise ValueError(f"slug: {record.slug!r} is declared twice")
         table[record.slug] = record
-        for name in record.exports:
-            if owners.setdefault(name, record.slug) != record.slug:
-                raise ValueError(f"{record.slug}: exports {name!r}, as {owners[name]} does")
+        for name, member in record.exports.items():
+            owner = owners.setdefault(name, record)
+            if owner.exports[name] is not member:
+                raise ValueError(f"{record.slug}: {name!r} is also, differently, in {owner.slug}")
     return table
 
 
 @functools.cache
 def mechanisms() -> MappingProxyType[str, Mechanism]:
     """All mechanisms by slug, families in the order of `FAMILIES`, read-only."""
-    return MappingProxyType(collect(_records()))
+    return MappingProxyType(collect(discover()))
 
 
 def get(slug: str) -> Mechanism:

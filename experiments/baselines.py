@@ -16,8 +16,8 @@ class ByteModel:
 
     Contexts of every length up to `order` are mixed by Witten and Bell's rule: with c(x, b) the
     count of byte b after context x, n(x) their sum and d(x) the number of distinct ones,
-    p(b | x) = (c(x, b) + d(x) p(b | x')) / (n(x) + d(x)), where x' is x without its oldest byte, and
-    below the empty context stands the uniform distribution (Witten and Bell 1991, method C).
+    p(b | x) = (c(x, b) + d(x) p(b | x')) / (n(x) + d(x)), where x' is x without its oldest byte,
+    and below the empty context stands the uniform distribution (Witten and Bell 1991, method C).
 
     Args:
       order: bytes of context; 0, 1 or 2.
@@ -70,6 +70,8 @@ def _contexts(symbols: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]
 def _count(symbols: np.ndarray, length: int) -> np.ndarray:
     contexts, bytes_ = _contexts(symbols, length)
     size = SYMBOLS**length
-    return np.bincount(contexts * 256 + bytes_, minlength=size * 256).reshape(size, 256).astype(
-        np.int32
+    return (
+        np.bincount(contexts * 256 + bytes_, minlength=size * 256)
+        .reshape(size, 256)
+        .astype(np.int32)
     )

@@ -128,7 +128,16 @@ class TextConfig:
 
 # Fields that may differ between a run and its resumption: where it runs and what it prints, not
 # what it computes.
-MAY_CHANGE = ("run", "resume", "overwrite", "mesh", "distributed", "log", "checkpoint", "data.data_dir")
+MAY_CHANGE = (
+    "run",
+    "resume",
+    "overwrite",
+    "mesh",
+    "distributed",
+    "log",
+    "checkpoint",
+    "data.data_dir",
+)
 
 
 def presets() -> dict[str, TextConfig]:
@@ -157,9 +166,7 @@ def presets() -> dict[str, TextConfig]:
             steps=20,
             batch_size=8,
             sequence_length=64,
-            model=transnormer_llm(
-                vocab_size=VOCAB_SIZE, num_layers=2, num_heads=2, features=32
-            ),
+            model=transnormer_llm(vocab_size=VOCAB_SIZE, num_layers=2, num_heads=2, features=32),
             optimizer=OptimizerConfig(warmup_steps=5),
             checkpoint=CheckpointConfig(every=5),
             log=LogConfig(every=1, evaluate_every=10, evaluate_bytes=4096),
@@ -281,7 +288,7 @@ def differences(
 
 
 def _option(arguments: list[str], name: str) -> str | None:
-    """The value of an option that is needed before the command line can be parsed; the last counts."""
+    """The last value of an option that is needed before the command line can be parsed."""
     value = None
     for i, argument in enumerate(arguments):
         if argument == name and i + 1 < len(arguments):

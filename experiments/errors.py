@@ -28,7 +28,7 @@ class ExperimentError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's `main`; an ExperimentError becomes its message on stderr and an exit code."""
+    """Runs a command's `main`; an ExperimentError becomes one message and an exit code."""
     _quiet_libraries()
     try:
         main()

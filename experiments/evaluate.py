@@ -131,8 +131,9 @@ def load_model(
     elif checkpoint.isdecimal() and int(checkpoint) in steps:
         step = int(checkpoint)
     else:
+        listed = ", ".join(map(str, steps))
         raise ExperimentError(
-            f"checkpoint: {checkpoint!r}; it must be last, best or one of {', '.join(map(str, steps))}"
+            f"checkpoint: {checkpoint!r}; it must be last, best or one of {listed}"
         )
     mesh = parallel.make_mesh(mesh_config)
     with parallel.use_mesh(mesh):

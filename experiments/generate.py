@@ -17,7 +17,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments import config as configs
-from experiments import parallel
 from experiments.config import MeshConfig
 from experiments.data.text import BOS, VOCAB_SIZE
 from experiments.errors import USAGE, ExperimentError, run_command
@@ -162,7 +161,7 @@ def next_symbol(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-) -> Int[Array, "B"]:
+) -> Int[Array, B]:
     """Samples a symbol of each row.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, a progress line, and the plot of its curves."""
+"""What a run writes down: metrics.jsonl, TensorBoard, a progress line, the plot of its curves."""
 
 from __future__ import annotations
 

@@ -111,9 +111,7 @@ class Trainer:
         self.initial = jax.jit(initial, out_shardings=self._shardings)
         """() -> the state before the first step; the same on every mesh."""
         whole = NamedSharding(mesh, P())
-        self.step = jax.jit(
-            self._step, donate_argnums=0, out_shardings=(self._shardings, whole)
-        )
+        self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, whole))
         """(state, batch) -> (state, metrics); the state's buffers are reused."""
         self.measure = jax.jit(self._measure, out_shardings=(whole, whole))
         """(parameters, batch) -> (summed loss in nats, number of targets)."""

@@ -111,9 +111,10 @@ def _check(config: TextConfig) -> None:
         value = getattr(config, name)
         if value < 1:
             raise ExperimentError(f"{name}: {value}; it must be at least 1")
-    for name, value in (("checkpoint.every", config.checkpoint.every), ("log.every", config.log.every)):
+    for name in ("checkpoint", "log"):
+        value = getattr(config, name).every
         if value < 1:
-            raise ExperimentError(f"{name}: {value}; it must be at least 1 step")
+            raise ExperimentError(f"{name}.every: {value}; it must be at least 1 step")
     if config.model.vocab_size < text.VOCAB_SIZE:
         raise ExperimentError(
             f"model.vocab_size: {config.model.vocab_size} is smaller than the data's vocabulary of "

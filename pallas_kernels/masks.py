@@ -585,6 +585,8 @@ def rule(fn: Callable[[Any, Any], Array], query_tokens: Any, key_tokens: Any) ->
       key_tokens: likewise, of length S.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from attention.masks import rule
       >>> starts, stops = jnp.array([[0, 0, 2]]), jnp.array([[1, 2, 3]])
       >>> inside = lambda q, k: (q[0] <= k) & (k < q[1])
       >>> rule(inside, (starts, stops), jnp.arange(3)[None]).to_dense(3, 3)[0, 0].astype(int)

@@ -71,6 +71,7 @@ def axes(*, batch: str | Sequence[str] = (), heads: str | Sequence[str] = ()) ->
       ValueError: an axis is named twice.
 
     Example:
+      >>> from pallas_kernels.partition import axes, current_axes
       >>> with axes(batch=("data", "fsdp"), heads="tensor"):
       ...     current_axes()
       Axes(batch=('data', 'fsdp'), heads=('tensor',))

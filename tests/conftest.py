@@ -5,7 +5,7 @@ import os
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--device", choices=("cpu", "gpu"), default="cpu", help="what the tests run on (default: cpu)"
+        "--device", choices=("cpu", "gpu"), default="cpu", help="what to run on (default: cpu)"
     )
 
 

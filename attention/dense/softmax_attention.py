@@ -85,6 +85,8 @@ def softmax_attention(
       NotImplementedError: the named implementation does not serve the call.
 
     Example:
+      >>> import jax
+      >>> from attention import softmax_attention
       >>> query = jax.random.normal(jax.random.key(0), (2, 16, 4, 8))
       >>> key, value = jax.random.normal(jax.random.key(1), (2, 2, 16, 2, 8))
       >>> out = softmax_attention(query, key, value, is_causal=True, local_window_size=(4, 0))
@@ -181,6 +183,8 @@ def softmax_attention_step(
       ValueError: besides those of `softmax_attention`, if the tokens are known not to fit.
 
     Example:
+      >>> import jax
+      >>> from attention import init_softmax_attention_state, softmax_attention_step
       >>> query = jax.random.normal(jax.random.key(0), (1, 3, 4, 8))
       >>> key, value = jax.random.normal(jax.random.key(1), (2, 1, 3, 2, 8))
       >>> state = init_softmax_attention_state(1, 16, 4, 2, 8, 8)

@@ -117,13 +117,13 @@ def test_saving_goes_on_after_a_damaged_checkpoint(tmp_path):
 def test_checkpoint_of_another_shape_or_process_count_is_refused_and_left_alone(tmp_path):
     checkpoints = written(tmp_path, [None, None])
     wrong = {"w": jax.ShapeDtypeStruct((32,), jnp.float32), "step": template()["step"]}
-    with pytest.raises(ExperimentError, match="no checkpoint in .* can be read"):
+    with pytest.raises(ExperimentError, match=r"no checkpoint in .* can be read"):
         Checkpoints(tmp_path, CheckpointConfig()).restore(wrong, rows())
-    with pytest.raises(ExperimentError, match="step 2 .* cannot be read"):
+    with pytest.raises(ExperimentError, match=r"step 2 .* cannot be read"):
         restore_state(checkpoints.directory, 2, wrong)
     position = checkpoints.directory / "2" / "data" / "process_0-of-1.json"
     position.rename(position.with_name("process_0-of-4.json"))
-    with pytest.raises(ExperimentError, match="written by 4 processes.*this job has 1 process"):
+    with pytest.raises(ExperimentError, match=r"written by 4 processes.*this job has 1 process"):
         Checkpoints(tmp_path, CheckpointConfig()).restore(template(), rows())
     assert checkpoints.steps() == [1, 2]
 
@@ -154,5 +154,5 @@ def test_written_on_one_mesh_resumed_on_another(tmp_path):
 
 def test_unwritable_directory_is_one_message(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
-    with pytest.raises(ExperimentError, match="could not be written to .*there is no earlier one"):
+    with pytest.raises(ExperimentError, match=r"could not be written to .*there is no earlier one"):
         written(tmp_path, [None])

@@ -32,6 +32,21 @@ def done(job, run_command):
     return mechanism, run, log.read_text()
 
 
+@pytest.fixture(scope="module")
+def wrong_run(tmp_path_factory):
+    return tmp_path_factory.mktemp("one") / "run"
+
+
+@pytest.fixture
+def one_run(wrong_run, run_command):
+    """A run of two steps."""
+    if not wrong_run.exists():
+        options = ("--preset", "tiny", "--steps", 2, "--log.no-tensorboard", "--run", wrong_run)
+        code, out, err = run_command("experiments.train", "text", *options)
+        assert code == 0, out + err
+    return wrong_run
+
+
 def test_quickstart_shows_the_whole_job(done):
     mechanism, run, out = done
     table = [line.split() for line in out.splitlines()]
@@ -98,8 +113,8 @@ def test_generate(done, run_command):
         ("train", ["text", "--setps", "3"], 2, "--steps"),
     ],
 )
-def test_wrong_input_is_one_message(module, arguments, code, message, run_command, done):
-    run = str(done[1])
+def test_wrong_input_is_one_message(module, arguments, code, message, run_command, one_run):
+    run = str(one_run)
     arguments = [run if argument == "RUN" else argument for argument in arguments]
     got, out, err = run_command(f"experiments.{module}", *arguments)
     assert got == code, out + err
@@ -109,7 +124,7 @@ def test_wrong_input_is_one_message(module, arguments, code, message, run_comman
 def test_quickstart_that_was_cut_off_goes_on_and_a_finished_one_is_kept(
     command, run_command, tmp_path
 ):
-    options = ("--preset", "tiny", "--log.no-tensorboard", "--data.test-split", "test[:2%]")
+    options = ("--preset", "tiny", "--log.no-tensorboard", "--data.test-split", "test[:1%]")
     root = {"cwd": tmp_path}
     run = tmp_path / "runs" / "tiny"
     process = command("experiments.quickstart", *options, **root)

@@ -63,9 +63,7 @@ def test_two_processes_train_one_model_resume_and_stop_together(command, run_com
 
     # The same job on one process with as many devices reads other documents at a time, but a
     # checkpoint of two processes has two positions in the data: it says so.
-    code, _, err = run_command(
-        "experiments.train", *TRAIN, *options[:2], "--resume", devices=4
-    )
+    code, _, err = run_command("experiments.train", *TRAIN, *options[:2], "--resume", devices=4)
     assert code == 1
     assert "2 processes" in err and "1 process" in err and "Traceback" not in err
     assert complete_steps(run / "checkpoints")[-1] == stopped, "nothing is moved or lost"

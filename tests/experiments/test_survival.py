@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, or meet a broken disk: nothing is lost, and one message says why."""
+"""Runs that are killed, stopped or meet a broken disk: nothing is lost, one message says why."""
 
 import json
 import os
@@ -206,8 +206,8 @@ def test_non_finite_loss_stops_with_step_batch_and_an_earlier_checkpoint(run_com
     assert state["/step"] == before
     rows = np.load(run / f"batch-{step}-part-0.npz")
     assert rows["tokens"].shape == (8, 65)
-    position = json.loads(next((run / "checkpoints" / str(before) / "data").glob("process_*")).read_text())
-    assert position
+    (position,) = (run / "checkpoints" / str(before) / "data").glob("process_*")
+    assert json.loads(position.read_text())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Calls that partition themselves, on a function that is simple enough to follow."""
 
+import doctest
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import partition
 from pallas_kernels.partition import Axes, aligned, axes, current_axes, partitioned, sharded
 from tests.numerics import assert_close
 from tests.sharding import collectives, mesh, place
@@ -313,3 +315,8 @@ def test_sharded_is_differentiated_by_jax(kind):
     devices = mesh(kind)
     with axes(**CONTEXT), jax.set_mesh(devices):
         assert_close(jax.jit(gradient)(*_placed(devices, _arguments())), expected)
+
+
+def test_examples_run():
+    results = doctest.testmod(partition)
+    assert results.attempted > 1 and results.failed == 0

@@ -1,5 +1,6 @@
 """`softmax_attention`: a drop-in for JAX's own, what it adds, and its steps."""
 
+import doctest
 import functools
 import inspect
 import itertools
@@ -13,6 +14,7 @@ from jax.sharding import AxisType
 
 import attention
 from attention import masks
+from attention.dense import softmax_attention as module
 from attention.parallel import axes
 from tests.numerics import assert_close
 from tests.oracles import softmax_attention as oracle
@@ -396,6 +398,11 @@ def test_wrong_steps():
         attention.softmax_attention_step(
             state, QUERY[:, :1], KEY[:, :1], VALUE[:, :1], segment_ids=jnp.zeros((B, 1), int)
         )
+
+
+def test_examples_run():
+    results = doctest.testmod(module)
+    assert results.attempted > 8 and results.failed == 0
 
 
 def test_the_record_states_what_is_there():

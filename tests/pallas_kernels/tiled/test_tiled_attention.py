@@ -87,17 +87,14 @@ SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 4, (B, S)), axis=1)
 
 FEATURES = {
     "plain": {},
-    "scale": {"scale": 0.7},
     "soft cap": {"logits_soft_cap": 1.5},
     "bias": {"bias": _normal(5, B, N, T, S)},
     "bias of heads": {"bias": _normal(5, 1, N, T, S)},
     "bias of batch": {"bias": _normal(5, B, 1, T, S)},
     "bias of keys": {"bias": _normal(5, 1, 1, 1, S)},
     "bias of queries": {"bias": _normal(5, B, N, T, 1), "sink": SINK},
-    "alibi": {"alibi_slopes": SLOPES},
     "alibi with offsets": {"alibi_slopes": SLOPES, "query_offset": OFFSET},
     "sink": {"sink": SINK},
-    "causal": {"mask": masks.causal(8)},
     "causal with offsets": {"mask": masks.causal(OFFSET)},
     "causal that hides": {"mask": masks.causal(-4)},
     "window": {"mask": masks.window(5, 2, 4)},

@@ -1,0 +1,441 @@
+"""Every record of the catalogue, held to what it claims."""
+
+import dataclasses
+import doctest
+import functools
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attention
+from attention import catalogue, positions, softmax_attention
+from attention.__main__ import example, main
+from attention.catalogue import PATTERNS, Mechanism
+from pallas_kernels.choose import IMPLEMENTATIONS
+from tests.numerics import assert_close
+
+RECORDS = tuple(catalogue.mechanisms().values())
+BATCH, TOKENS, HEADS, KV_HEADS, FEATURES, WIDTH = 2, 12, 4, 2, 8, 6
+ROOT = Path(__file__).parents[2]
+
+each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.slug)
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compiles with few optimisations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+quick = pytest.mark.usefixtures("quick_compilation")
+
+
+def inputs(tokens=TOKENS, keys=None, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = (
+        (BATCH, tokens, HEADS, FEATURES),
+        (BATCH, keys or tokens, KV_HEADS, FEATURES),
+        (BATCH, keys or tokens, KV_HEADS, WIDTH),
+    )
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def parameters(record):
+    return inspect.signature(record.function).parameters
+
+
+def options(record, causal):
+    """Returns the keyword that makes a call causal or not, where there is a choice."""
+    return {"is_causal": causal} if "is_causal" in parameters(record) else {}
+
+
+def changed_tokens(record, arrays, token, which, **keywords):
+    """Returns for every query whether its output changes with a token of some of the arrays."""
+    function = jax.jit(functools.partial(record.function, **keywords))
+    changed = [x.at[:, token].add(1) if i in which else x for i, x in enumerate(arrays)]
+    return np.any(function(*arrays) != function(*changed), axis=(0, 2, 3))
+
+
+@each_record
+def test_public_names(record):
+    names = [record.slug, *record.exports]
+    if record.step:
+        names += [f"{record.slug}_step", f"init_{record.slug}_state"]
+    if record.has_weights:
+        names.append(f"init_{record.slug}")
+    for name in names:
+        assert getattr(attention, name) is record.exports[name]
+        assert name in attention.__all__
+        assert name in dir(attention)
+    assert catalogue.get(record.slug) is record
+
+
+@each_record
+def test_has_oracle_and_test(record):
+    assert (ROOT / f"tests/oracles/{record.slug}.py").is_file()
+    assert (ROOT / f"tests/attention/{record.family}/test_{record.slug}.py").is_file()
+
+
+@each_record
+def test_uniform_keywords(record):
+    taken = parameters(record)
+    first = list(taken.values())[:3]
+    assert [p.name for p in first] == ["query", "key", "value"]
+    assert all(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in first)
+    assert taken["implementation"].kind is inspect.Parameter.KEYWORD_ONLY
+    own = {p for p in record.patterns if p.startswith("self")}
+    assert ("is_causal" in taken) == (len(own) == 2)
+    assert not own or taken["segment_ids"].default is None
+    assert ("params" in taken) == record.has_weights
+    if record.step:
+        assert next(iter(inspect.signature(record.step).parameters)) == "state"
+        names = "batch max_length num_heads num_kv_heads head_dim value_dim dtype"
+        assert list(inspect.signature(record.init_state).parameters) == names.split()
+
+
+@quick
+@each_record
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns(record, pattern):
+    kind, order = pattern.split()
+    causal = order == "causal"
+    keywords = options(record, causal)
+    if kind == "self" and pattern not in record.patterns:
+        # It cannot be asked for, and the other one is what it does (the test of that pattern).
+        assert not keywords
+        return
+    arrays = inputs(keys=None if kind == "self" else TOKENS + 5)
+    if pattern not in record.patterns:
+        with pytest.raises(ValueError, match="key"):
+            record.function(*arrays, **keywords)
+        return
+    assert record.function(*arrays, **keywords).shape == (BATCH, TOKENS, HEADS, WIDTH)
+    for token in (1, TOKENS - 1):
+        differs = changed_tokens(record, arrays, token, (0, 1, 2), **keywords)
+        assert differs[token]
+        assert differs[:token].any() == (not causal)
+    if kind == "cross":
+        beyond = changed_tokens(record, arrays, TOKENS + 2, (1, 2), **keywords)
+        assert beyond.any() == (not causal)
+
+
+@quick
+@each_record
+def test_implementations(record):
+    arrays = inputs()
+    runnable = [name for name in record.implementations if not name.startswith("pallas")]
+    assert "reference" in runnable
+    cases = {causal: options(record, causal) for causal in (True, False)}
+    for keywords in cases.values() if cases[True] else ({},):
+
+        def loss(name, keywords, *arrays):
+            out = record.function(*arrays, implementation=name, **keywords)
+            return jnp.sum(jnp.sin(out)), out
+
+        results = {}
+        for name in (None, *runnable):
+            fn = functools.partial(loss, name, keywords)
+            results[name] = jax.jit(jax.grad(fn, argnums=(0, 1, 2), has_aux=True))(*arrays)
+        for result in results.values():
+            assert_close(result, results["reference"], factor=2)
+    for name in IMPLEMENTATIONS:
+        if name not in record.implementations:
+            with pytest.raises(NotImplementedError, match=rf"{record.slug}: .*'{name}'"):
+                record.function(*arrays, implementation=name)
+    with pytest.raises(ValueError, match=rf"{record.slug}: implementation"):
+        record.function(*arrays, implementation="fastest")
+
+
+@quick
+@each_record
+def test_segments_are_separate_documents(record):
+    if not any(pattern.startswith("self") for pattern in record.patterns):
+        pytest.fail("say here how a mechanism without self-attention is tested")
+    arrays, cut = inputs(), 5
+    ids = jnp.repeat(jnp.array([[4, 2]]), jnp.array([cut, TOKENS - cut]), axis=1)
+    ids = jnp.broadcast_to(ids, (BATCH, TOKENS))
+    for keywords in map(dict, {tuple(options(record, causal).items()) for causal in (True, False)}):
+        packed = record.function(*arrays, segment_ids=ids, **keywords)
+        parts = [
+            record.function(*(x[:, part] for x in arrays), **keywords)
+            for part in (slice(0, cut), slice(cut, None))
+        ]
+        assert_close(packed, jnp.concatenate(parts, axis=1))
+
+
+@quick
+@each_record
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_low_precision(record, dtype):
+    low = inputs(dtype=dtype)
+    out = record.function(*low)
+    assert out.dtype == dtype
+    assert_close(out, record.function(*(x.astype(jnp.float32) for x in low)), dtype)
+
+
+@quick
+@pytest.mark.parametrize(
+    "record", [r for r in RECORDS if r.step], ids=lambda record: record.slug
+)  # fmt: skip
+def test_steps_are_one_pass(record):
+    arrays, prompt = inputs(), 5
+    expected = record.function(*arrays, **options(record, causal=True))
+    sizes = (BATCH, TOKENS, HEADS, KV_HEADS, FEATURES, WIDTH)
+    state = record.init_state(*sizes, jnp.float32)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    out, state = record.step(state, *(x[:, :prompt] for x in arrays))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == shapes
+
+    def one(state, token):
+        out, state = record.step(state, *(x[:, None] for x in token))
+        return state, out[:, 0]
+
+    tokens = [jnp.moveaxis(x[:, prompt:], 1, 0) for x in arrays]
+    _, outs = jax.jit(functools.partial(jax.lax.scan, one))(state, tokens)
+    assert_close(jnp.concatenate((out, jnp.moveaxis(outs, 0, 1)), axis=1), expected, factor=2)
+
+
+def degree(cost):
+    """Returns a power of T that a cost does not exceed by more than a tenth when T doubles."""
+    powers = {"O(T)": 1, "O(T log T)": 1.2, "O(T^1.5)": 1.5, "O(T^2)": 2}
+    if cost not in powers:
+        pytest.fail(f"{cost}: say in this test how it grows")
+    return powers[cost]
+
+
+@each_record
+def test_memory(record):
+    function = functools.partial(record.function, **options(record, causal=True))
+
+    def loss(*arrays):
+        return jnp.sum(jnp.sin(function(*arrays)))
+
+    def temporary(tokens):
+        x = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192) <= 1.1 * 2 ** degree(record.memory) * temporary(4096)
+
+
+def run_examples(member, module):
+    finder = doctest.DocTestFinder(recurse=False)
+    names = {"jax": jax, "jnp": jnp, "np": np} | vars(module)
+    ran = 0
+    for test in finder.find(member, member.__name__, globs=names):
+        report = []
+        outcome = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+        assert outcome.failed == 0, "".join(report)
+        ran += outcome.attempted
+    return ran
+
+
+@quick
+@each_record
+def test_examples(record):
+    for member in record.exports.values():
+        ran = run_examples(member, inspect.getmodule(member))
+        if member in (record.function, record.step):
+            assert ran, f"{member.__name__} has no example"
+
+
+@quick
+@pytest.mark.parametrize("function", ("rope", "alibi_slopes", "lrpe", "init_lrpe_theta"))
+def test_examples_of_positions(function):
+    assert run_examples(getattr(positions, function), positions)
+
+
+@quick
+@each_record
+def test_description(record, capsys):
+    assert main([record.slug]) == 0
+    text = capsys.readouterr().out
+    for expected in (*record.exports, *record.patterns, *IMPLEMENTATIONS, record.title):
+        assert expected in text
+    for name in IMPLEMENTATIONS:
+        served = "yes" if name in record.implementations else "no: ."
+        assert re.search(rf"^  {name} +{served}", text, re.MULTILINE)
+    program = example(record)
+    assert program.splitlines()[-1].strip() in text
+    exec(compile(program, record.slug, "exec"), {})
+    wanted = re.findall(r"^print\(.*  # (.*)$", program, re.MULTILINE)
+    assert capsys.readouterr().out.split("\n") == [*wanted, ""]
+
+
+def command(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "attention", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def test_command():
+    table = command()
+    assert table.returncode == 0, table.stderr
+    lines = table.stdout.splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["mechanism", *catalogue.mechanisms()]
+    assert all(line.count("\t") == len(catalogue.HEADER) - 1 for line in lines)
+
+    unknown = command("lightening_atention")
+    assert unknown.returncode == 2
+    assert unknown.stdout == ""
+    assert unknown.stderr.count("\n") == 1
+    assert "lightening_atention" in unknown.stderr
+    assert "did you mean lightning_attention" in unknown.stderr
+
+
+def test_table_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main([]) == 0
+    text = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert all(slug in text for slug in catalogue.mechanisms())
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_import_leaves_the_devices_alone():
+    """Programs choose their devices, and start jax.distributed, after importing."""
+    program = (
+        "import attention, jax; jax.config.update('jax_num_cpu_devices', 3); "
+        "assert len(jax.devices()) == 3"
+    )
+    environment = {n: x for n, x in os.environ.items() if n != "XLA_FLAGS"}
+    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def test_markdown_table():
+    lines = catalogue.markdown_table().split("\n")
+    assert len(lines) == 2 + len(RECORDS)
+    assert len({line.count("|") for line in lines}) == 1
+    for line, record in zip(lines[2:], RECORDS, strict=True):
+        assert line.startswith(f"| `{record.slug}` | {record.title} ({record.year}) |")
+
+
+def test_unknown_mechanism():
+    with pytest.raises(ValueError, match=r"'softmax_atention'.*did you mean softmax_attention"):
+        catalogue.get("softmax_atention")
+    with pytest.raises(ValueError, match=r"known: .*lightning_attention"):
+        catalogue.get("x")
+
+
+def some_mechanism():
+    """Does nothing."""
+
+
+def some_mechanism_step():
+    """Does nothing."""
+
+
+def init_some_mechanism_state():
+    """Does nothing."""
+
+
+def init_some_mechanism():
+    """Does nothing."""
+
+
+VALID = dict(
+    slug="some_mechanism",
+    title="A Paper",
+    year=2024,
+    family="linear",
+    patterns=frozenset({"self causal"}),
+    time="O(T)",
+    memory="O(T)",
+    kernel=None,
+    has_weights=False,
+    function=some_mechanism,
+)
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    (
+        (dict(slug="Some-Mechanism"), ValueError, "slug: 'Some-Mechanism'"),
+        (dict(title=""), ValueError, "title"),
+        (dict(year="2024"), ValueError, "year: '2024'"),
+        (dict(year=24), ValueError, "year: 24"),
+        (dict(family="convolution"), ValueError, "family: 'convolution'"),
+        (dict(patterns={"self causal"}), TypeError, "patterns: .*frozenset"),
+        (dict(patterns=frozenset()), ValueError, "patterns"),
+        (dict(patterns=frozenset({"causal"})), ValueError, "patterns: 'causal'"),
+        (dict(time="linear"), ValueError, "time: 'linear'"),
+        (dict(memory="T"), ValueError, "memory: 'T'"),
+        (dict(kernel="triton"), ValueError, "kernel: 'triton'"),
+        (dict(has_weights=None), TypeError, "has_weights"),
+        (dict(function=None), TypeError, "function: None"),
+        (dict(function=some_mechanism_step), ValueError, "function: .*must be named"),
+        (dict(step=some_mechanism_step), ValueError, "step and init_state"),
+        (
+            dict(step=some_mechanism, init_state=init_some_mechanism_state),
+            ValueError,
+            "step: .*must be named 'some_mechanism_step'",
+        ),
+        (dict(implementations=("xla", "xla")), ValueError, "implementations: .*unique"),
+        (dict(implementations=("cudnn",)), ValueError, "implementations: 'cudnn'"),
+        (dict(extras=("slopes",)), TypeError, "extras: 'slopes'"),
+    ),
+)
+def test_wrong_records(wrong, error, message):
+    Mechanism(**VALID)
+    with pytest.raises(error, match=message):
+        Mechanism(**(VALID | wrong))
+
+
+def test_record_with_everything():
+    record = Mechanism(
+        **VALID | dict(has_weights=True),
+        step=some_mechanism_step,
+        init_state=init_some_mechanism_state,
+        extras=(run_examples,),
+    )
+    assert list(record.exports) == [
+        "some_mechanism",
+        "some_mechanism_step",
+        "init_some_mechanism_state",
+        "init_some_mechanism",
+        "run_examples",
+    ]
+    assert record.init is init_some_mechanism
+    assert catalogue.row(record)[-2:] == ("yes", "yes")
+
+
+THINGS = type("Thing", (), {}), type("Thing", (), {})
+
+
+def test_collection_of_wrong_records(monkeypatch):
+    record = Mechanism(**VALID)
+    assert list(catalogue.collect([record])) == ["some_mechanism"]
+    with pytest.raises(ValueError, match="'some_mechanism' is declared twice"):
+        catalogue.collect([record, record])
+    with pytest.raises(TypeError, match="must be a Mechanism"):
+        catalogue.collect([VALID])
+    other = dataclasses.replace(record, function=softmax_attention, slug="softmax_attention")
+    sharing, thief = (dataclasses.replace(record, extras=(member,)) for member in THINGS)
+    collected = catalogue.collect([dataclasses.replace(other, extras=THINGS[:1]), sharing])
+    assert list(collected) == ["softmax_attention", "some_mechanism"]
+    with pytest.raises(ValueError, match="'Thing' is also, differently, in softmax_attention"):
+        catalogue.collect([dataclasses.replace(other, extras=THINGS[:1]), thief])
+
+    module = inspect.getmodule(RECORDS[0].function)
+    other = next(family for family in catalogue.FAMILIES if family != RECORDS[0].family)
+    misplaced = dataclasses.replace(RECORDS[0], family=other)
+    monkeypatch.setattr(module, "RECORD", misplaced)
+    with pytest.raises(ValueError, match=f"family: '{other}', but its module lies in"):
+        catalogue.discover()
