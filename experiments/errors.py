@@ -7,8 +7,12 @@ import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import absl.logging
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 USAGE = 2
 FAILURE = 1
@@ -45,7 +49,7 @@ def _quiet_libraries() -> None:
 
     What fails while a checkpoint is written in the background is raised where it is waited for.
     Orbax logs it besides, asyncio does for each array, and tensorstore prints a traceback of its
-    own thread.
+    own thread, and one for every array it still reads or writes for a loop that has ended.
     """
     log = logging.getLogger("experiments")
     log.addHandler(logging.StreamHandler())
@@ -58,4 +62,10 @@ def _quiet_libraries() -> None:
         if threading.current_thread() is threading.main_thread():
             sys.__excepthook__(kind, error, trace)
 
+    def not_of_ended_loops(unraisable: UnraisableHookArgs) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            sys.__unraisablehook__(unraisable)
+
     sys.excepthook = main_thread_only
+    sys.unraisablehook = not_of_ended_loops

@@ -37,7 +37,7 @@ class TrainState:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW as the configuration says; only matrices are decayed."""
+    """AdamW as the configuration says; it decays matrices, not gains, biases or angles."""
     schedule = learning_rate(config, steps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -47,7 +47,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b2=config.beta2,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
-            mask=lambda parameters: jax.tree.map(lambda x: x.ndim >= 2, parameters),
+            mask=lambda parameters: jax.tree_util.tree_map_with_path(_is_matrix, parameters),
         ),
     )
 
@@ -61,6 +61,13 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         decay_steps=max(steps, config.warmup_steps + 1),
         end_value=config.learning_rate * config.final_fraction,
     )
+
+
+def _is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether a parameter is of a linear map or an embedding, as Flax names them."""
+    del leaf
+    name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+    return name.rpartition("/")[2] in ("kernel", "embedding")
 
 
 class Trainer:

@@ -1,9 +1,8 @@
 """Calls that partition themselves over batch and heads.
 
-XLA cannot see into a kernel, and it cuts the loops of an attention function badly. So a call lays
-itself out: `partitioned` runs a function of local arrays on every device's shard, by an inner
-`jax.shard_map` over the batch and head dimensions of its arguments. What is sharded over what is
-known in two ways:
+XLA cannot see into a kernel, so a call lays itself out: `partitioned` runs a function of local
+arrays on every device's shard, by an inner `jax.shard_map` over the batch and head dimensions of
+its arguments. What is sharded over what is known in two ways:
 
 - Explicit mesh axes stand in the types of the arguments;
 - Auto mesh axes do not, so a program names them once, with the context manager `axes`.

@@ -252,14 +252,14 @@ def _checked_lengths(value: ArrayLike, name: str, batch: int) -> masks.Bound:
 def _checked_window(value: int | tuple[int, int]) -> tuple[int, int]:
     sides = (value, value) if isinstance(value, int) else value
     if (
-        not isinstance(sides, tuple)
+        not isinstance(sides, tuple | list)
         or len(sides) != 2
         or not all(isinstance(side, int) and side >= 0 for side in sides)
     ):
         raise ValueError(
             f"local_window_size: must be a number of keys or a pair (left, right); got {value!r}"
         )
-    return sides
+    return tuple(sides)
 
 
 RECORD = Mechanism(

@@ -102,6 +102,7 @@ def lightning_attention_step(
     *,
     slopes: Float[ArrayLike, "N"] | Sequence[float] | None = None,
     scale: float | Float[Array, ""] = 1.0,
+    chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N V"], LinearState]:
     """Continues `lightning_attention` by T >= 1 tokens: a prompt at once, or token by token.
@@ -118,6 +119,7 @@ def lightning_attention_step(
       value: values of the new tokens.
       slopes: as for `lightning_attention`.
       scale: likewise.
+      chunk_size: likewise.
       implementation: likewise.
 
     Returns:
@@ -143,6 +145,7 @@ def lightning_attention_step(
         scale=scale,
         initial_state=state,
         return_state=True,
+        chunk_size=chunk_size,
         implementation=implementation,
     )
 

@@ -11,7 +11,9 @@ they are. Where tiles do not divide a length, the last tile moves back to end at
 shares with the tile before it is masked where it would count twice.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +25,8 @@ from pallas_kernels import masks
 from pallas_kernels.masks import Bound, Tile
 from pallas_kernels.tiled.inputs import Inputs, Options, zero_outside
 
-TILE_SCORES = 2**20
-"""Scores in a tile, over batch and heads: on CPU, 4 MiB of them stay in its caches."""
+TILE_SCORES = 2**21
+"""Scores in a tile, over batch and heads. On CPU, more of them leave its caches."""
 
 
 def supports(**call: object) -> str | None:
@@ -53,7 +55,7 @@ def forward(
             column = call.column(j)
             tile = Tile(row, call.rows, column, call.columns)
             scores, _ = call.scores(query_tile, call.key(column), tile)
-            scores = call.masked(scores, tile, fresh_keys=j * call.columns)
+            scores = call.masked(scores, tile, j * call.columns)
             new_maximum = jnp.maximum(maximum, scores.max(axis=2))
             finite = jnp.where(jnp.isneginf(new_maximum), 0, new_maximum)
             weights = jnp.exp(scores - finite[:, :, None])
@@ -255,20 +257,24 @@ class _Call(NamedTuple):
         return scores, slope
 
     def masked(
-        self, scores: Array, tile: Tile, fresh_keys: Bound, fresh_queries: Bound = 0
+        self, scores: Array, tile: Tile, first_key: Bound, first_query: Bound | None = None
     ) -> Array:
-        """Returns scores with -inf where the mask, or an earlier tile that overlaps, says so."""
-        _, queries, _, _ = self.x.query.shape
-        allowed = None
+        """Returns scores with -inf where the mask says so, and before the tile's first tokens.
+
+        These are tokens that a last tile, moved back, shares with the tile before it. Queries may
+        be computed twice, if nothing is summed over them: then there is no `first_query`.
+        """
+        conditions = []
         if self.x.mask is not None:
-            allowed = self.grouped(self.x.mask.tile(tile))
+            conditions.append(self.x.mask.tile(tile))
         if self.x.key.shape[1] % self.columns:
-            fresh = self.grouped(tile.keys >= fresh_keys)
-            allowed = fresh if allowed is None else allowed & fresh
-        if queries % self.rows and not isinstance(fresh_queries, int):
-            fresh = self.grouped(tile.queries >= fresh_queries)
-            allowed = fresh if allowed is None else allowed & fresh
-        return scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
+            conditions.append(tile.keys >= first_key)
+        if self.x.query.shape[1] % self.rows and first_query is not None:
+            conditions.append(tile.queries >= first_query)
+        if not conditions:
+            return scores
+        allowed = functools.reduce(operator.and_, map(self.grouped, conditions))
+        return jnp.where(allowed, scores, -jnp.inf)
 
     def distance(self, tile: Tile) -> Array:
         """Returns the distances between queries and keys, in the layout of scores."""
@@ -309,7 +315,7 @@ class _Call(NamedTuple):
 def tile_sizes(options: Options, batch_heads: int, queries: int, keys: int) -> tuple[int, int]:
     """Returns the number of queries and keys in a tile, by default about TILE_SCORES scores."""
     bits = int(math.log2(max(TILE_SCORES // batch_heads, 1)))
-    rows, columns = (min(max(2**n, 64), 512) for n in ((bits + 1) // 2, bits // 2))
+    rows, columns = (min(max(2**n, 64), 256) for n in ((bits + 1) // 2, bits // 2))
     if queries < rows:
         columns = min(columns * (rows // queries), 1024)
     return min(queries, options.tile_q or rows), min(keys, options.tile_k or columns)

@@ -110,19 +110,27 @@ def test_targets_of_another_document_do_not_count():
         assert total / weight == pytest.approx(np.log(257), rel=0.2)
 
 
-def test_only_matrices_are_decayed():
+@pytest.mark.parametrize("preset", ["transnormer_llm", "transformer"])
+def test_only_matrices_are_decayed(preset):
     config = dataclasses.replace(TINY.optimizer, weight_decay=1.0, warmup_steps=0)
+    model = dataclasses.replace(presets()[preset].model, features=32, num_layers=1, num_heads=2)
     mesh = mesh_of(1, 1, 1)
     with parallel.use_mesh(mesh):
-        trainer = Trainer(TINY.model, config, mesh, steps=20)
+        trainer = Trainer(model, config, mesh, steps=20)
         state = trainer.initial()
         zeros = jax.tree.map(jnp.zeros_like, state.parameters)
         updates, _ = trainer._optimizer.update(zeros, state.optimizer, state.parameters)
-        for x, update in zip(
-            jax.tree.leaves(state.parameters), jax.tree.leaves(updates), strict=True
-        ):
-            decayed = -config.learning_rate * x if x.ndim >= 2 else jnp.zeros_like(x)
-            np.testing.assert_allclose(update, decayed, rtol=1e-5, atol=1e-9)
+    decayed = set()
+    for (path, x), update in zip(
+        jax.tree.leaves_with_path(state.parameters), jax.tree.leaves(updates), strict=True
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-2]
+        kept = name in ("theta", "scale")
+        want = jnp.zeros_like(x) if kept else -config.learning_rate * x
+        np.testing.assert_allclose(update, want, rtol=1e-5, atol=1e-9, err_msg=name)
+        decayed.add((name, kept))
+    still = {"transnormer_llm": "theta", "transformer": "scale"}[preset]
+    assert decayed == {("kernel", False), ("embedding", False), (still, True)}
 
 
 def test_learning_rate():
