@@ -7,10 +7,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
 ARGS ?=
 # Extra requirements of the project to install beside the lock file: tpu or cuda.
 EXTRA ?=
+STAMP := $(VENV)/.installed$(EXTRA:%=-%)
 WORKERS ?= 2
 
 .PHONY: help train test test-gpu lint format lock wheel readme clean env
@@ -28,15 +28,15 @@ $(STAMP): requirements.lock pyproject.toml setup.cfg scripts/find_python.sh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	if [ -n "$(EXTRA)" ]; then $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRA)]"; fi; \
-	touch $(STAMP)
+	touch $(VENV)/.installed $(STAMP)
 
 train: $(STAMP)
 	@$(BIN)/python -m experiments.quickstart $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-# Runs on a machine with a CUDA device: the tests marked gpu, with the platform left to JAX.
+# On a machine with a CUDA device, after `make EXTRA=cuda env`.
 test-gpu: $(STAMP)
 	@$(BIN)/python -m pytest -m gpu --device gpu $(ARGS)
 

@@ -55,7 +55,7 @@ class OptimizerConfig:
     warmup_steps: int = 50
     """Steps of linear warm-up from 0."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices (vectors and gains are not decayed)."""
+    """Decoupled weight decay of matrices; gains, biases and angles are not decayed."""
     beta1: float = 0.9
     """Decay of the mean of gradients."""
     beta2: float = 0.98

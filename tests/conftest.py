@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -10,10 +12,27 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     # JAX reads these once, when it is first used: no test module has been imported yet.
     if config.getoption("--device") == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
         flags = os.environ.get("XLA_FLAGS", "")
         if "xla_force_host_platform_device_count" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    else:
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.exit(
+                "--device gpu: JAX finds no GPU here. `make EXTRA=cuda env` installs its CUDA "
+                "wheels",
+                returncode=pytest.ExitCode.USAGE_ERROR,
+            )
+
+
+def pytest_collection_modifyitems(config, items):
+    # Skipped, not left out: the end of the output says what could not run here.
+    if config.getoption("--device") == "cpu":
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device: make test-gpu"))

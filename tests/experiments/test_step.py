@@ -83,6 +83,30 @@ def test_accumulation_is_the_whole_batch(shape):
     assert_close(other.parameters, state.parameters, jnp.float32, factor=100)
 
 
+@pytest.mark.parametrize("preset", ["transnormer_llm_medium", "transformer_medium"])
+def test_bfloat16_compute_trains_float32_parameters(preset):
+    """The presets for accelerators, made small: bfloat16, rematerialised, layers in a loop."""
+    model = dataclasses.replace(
+        presets()[preset].model, features=32, head_dim=16, num_layers=3, num_heads=2
+    )
+    assert model.dtype == "bfloat16" and model.remat == "dots" and model.scan_layers
+    mesh = mesh_of(2, 2, 2)
+    with parallel.use_mesh(mesh):
+        trainer = Trainer(model, TINY.optimizer, mesh, steps=20)
+        state, losses = trainer.initial(), []
+        for batch in batches(20):
+            state, metrics = trainer.step(state, parallel.global_batch(batch, mesh))
+            losses.append(float(metrics["loss"]))
+        exact = Trainer(dataclasses.replace(model, dtype="float32"), TINY.optimizer, mesh, steps=20)
+        total, count = exact.measure(state.parameters, parallel.global_batch(batch, mesh))
+        same, _ = trainer.measure(state.parameters, parallel.global_batch(batch, mesh))
+    leaves = jax.tree.leaves((state.parameters, state.optimizer))
+    assert {x.dtype for x in leaves} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert losses[-1] < 0.75 * losses[0]
+    assert same != total, "bfloat16 must have been used"
+    np.testing.assert_allclose(same / count, total / count, rtol=1e-2)
+
+
 def test_halted_state_is_that_from_before_the_step():
     mesh = mesh_of(1, 1, 1)
     with parallel.use_mesh(mesh):
