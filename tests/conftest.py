@@ -1,4 +1,4 @@
-"""Settings of every test process: eight CPU devices, unless the tests of a GPU are asked for."""
+"""What all tests share: eight CPU devices, unless those of a GPU are asked for, and fixtures."""
 
 import os
 
@@ -36,3 +36,27 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device: make test-gpu"))
+
+
+@pytest.fixture
+def quick_compilation(request):
+    """Compiles with few optimisations, where it is not the program that is tested.
+
+    Tests marked `optimized` are left as they are.
+    """
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    if not request.node.get_closest_marker("optimized"):
+        jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def x64():
+    """Allows float64."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import choose, partition
+from pallas_kernels.checks import check_arrays
 from pallas_kernels.linear import reference, xla
 from pallas_kernels.linear.inputs import Inputs, Options
 
@@ -86,7 +87,10 @@ def linear_attention(
       NotImplementedError: the named implementation does not serve the call.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    _check_arrays(query, key, value)
+    check_arrays(query, key, value, same_tokens=True)
+    for name, array in (("key", key), ("value", value)):
+        if array.dtype != query.dtype:
+            raise ValueError(f"{name}: dtype {array.dtype} must be query's, {query.dtype}")
     dtype = query.dtype
     accumulator = jnp.promote_types(dtype, jnp.float32)
     batch, tokens, heads, features = query.shape
@@ -165,37 +169,6 @@ def _attend_backward(options: Options, residuals: tuple, cotangents: tuple) -> t
 
 
 _attend.__wrapped__.defvjp(_attend_forward, _attend_backward)
-
-
-def _check_arrays(query: Array, key: Array, value: Array) -> None:
-    for name, array, dims in (
-        ("query", query, "[B, T, N, H]"),
-        ("key", key, "[B, T, K, H]"),
-        ("value", value, "[B, T, K, V]"),
-    ):
-        if array.ndim != 4:
-            raise ValueError(f"{name}: must be {dims}; got shape {array.shape}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name}: must be floating point; got {array.dtype}")
-        if 0 in array.shape:
-            raise ValueError(f"{name}: shape {array.shape} has no elements")
-        if array.dtype != query.dtype:
-            raise ValueError(f"{name}: dtype {array.dtype} must be query's, {query.dtype}")
-    batch, tokens, heads, features = query.shape
-    if key.shape[:2] != (batch, tokens) or key.shape[3] != features:
-        raise ValueError(
-            f"key: shape {key.shape} must be [{batch}, {tokens}, num_kv_heads, {features}], as "
-            f"query {query.shape}: attention over a memory is self-attention"
-        )
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value: shape {value.shape} must start with {key.shape[:3]}, as key {key.shape}"
-        )
-    if heads % key.shape[2]:
-        raise ValueError(
-            f"key: {key.shape[2]} heads do not divide the {heads} heads of query; num_heads must "
-            "be a multiple of num_kv_heads"
-        )
 
 
 def _checked_memory(state: LinearState, shape: tuple[int, ...]) -> Array:

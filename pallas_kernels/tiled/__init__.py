@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import choose, partition
+from pallas_kernels.checks import check_arrays
 from pallas_kernels.masks import Mask, Shape, as_bound
 from pallas_kernels.tiled import reference, xla
 from pallas_kernels.tiled.inputs import Inputs, Options
@@ -85,7 +86,7 @@ def tiled_attention(
       NotImplementedError: the named implementation does not serve the call.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    _check_arrays(query, key, value)
+    check_arrays(query, key, value)
     batch, queries, heads, features = query.shape
     keys, kv_heads = key.shape[1:3]
     dtype = query.dtype
@@ -190,35 +191,6 @@ _attend.__wrapped__.defvjp(_attend_forward, _attend_backward, symbolic_zeros=Tru
 def _constant(dims: Any) -> Any:
     """Returns the dimensions of arrays whose gradients are not wanted."""
     return jax.tree.map(lambda letters: letters.replace("+", "1"), dims)
-
-
-def _check_arrays(query: Array, key: Array, value: Array) -> None:
-    for name, array, dims in (
-        ("query", query, "[B, T, N, H]"),
-        ("key", key, "[B, S, K, H]"),
-        ("value", value, "[B, S, K, V]"),
-    ):
-        if array.ndim != 4:
-            raise ValueError(f"{name}: must be {dims}; got shape {array.shape}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name}: must be floating point; got {array.dtype}")
-        if 0 in array.shape:
-            raise ValueError(f"{name}: shape {array.shape} has no elements")
-    batch, _, heads, features = query.shape
-    if key.shape[0] != batch or key.shape[3] != features:
-        raise ValueError(
-            f"key: shape {key.shape} must have the batch, {batch}, and the head dimension, "
-            f"{features}, of query {query.shape}"
-        )
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value: shape {value.shape} must start with {key.shape[:3]}, as key {key.shape}"
-        )
-    if heads % key.shape[2]:
-        raise ValueError(
-            f"key: {key.shape[2]} heads do not divide the {heads} heads of query; num_heads must "
-            "be a multiple of num_kv_heads"
-        )
 
 
 def _array(value: ArrayLike, name: str, shape: tuple[int, ...]) -> Array:

@@ -2,7 +2,10 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from experiments.checkpoint import complete_steps
 from experiments.record import PLOT, read_metrics
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", params=["lightning_attention", "softmax_attention"])
@@ -119,6 +123,15 @@ def test_wrong_input_is_one_message(module, arguments, code, message, run_comman
     got, out, err = run_command(f"experiments.{module}", *arguments)
     assert got == code, out + err
     assert message in err + out and "Traceback" not in err
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    pipe = f"{sys.executable} -m experiments.train text --help | head -n 1"
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", pipe], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 128 + signal.SIGPIPE and result.stderr == ""
+    assert result.stdout.startswith("usage: python -m experiments.train text")
 
 
 def test_quickstart_that_was_cut_off_goes_on_and_a_finished_one_is_kept(

@@ -127,19 +127,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiles with few optimisations: neither speed nor memory is measured here."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.parametrize("name", NAMES)

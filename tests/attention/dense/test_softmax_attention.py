@@ -24,12 +24,7 @@ B, T, S, N, K, H = 2, 9, 13, 4, 2, 8
 IMPLEMENTATIONS = ("xla", "reference")
 
 
-@pytest.fixture(autouse=True)
-def fast_compile():
-    """Compiles quickly: no test here is about the program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def _normal(seed, *shape, dtype=jnp.float32):
@@ -472,8 +467,8 @@ def test_sharded_over_batch_and_heads_is_the_same(kind, context):
     assert set(sent) == {"all-reduce"} and len(sent) <= 3
 
 
+@pytest.mark.optimized
 def test_sharded_gradients_take_one_all_reduce():
-    jax.config.update("jax_disable_most_optimizations", False)
     function, args = _sharded_case(K)
     devices = mesh(AxisType.Auto)
     with axes(batch="data", heads="tensor"), jax.set_mesh(devices):

@@ -20,19 +20,7 @@ from tests.oracles.lightning_attention import lightning_attention as oracle
 SLOPES = (0.9, 0.3, 0.05, 0.0)
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiles with few optimisations: neither speed nor memory is measured here."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def inputs(tokens=29, heads=4, kv_heads=4, dtype=jnp.float64, batch=2):

@@ -15,15 +15,7 @@ from pallas_kernels.tiled import tiled_attention
 from tests.numerics import LIMITS, assert_close
 from tests.oracles import softmax_attention as oracle
 
-
-@pytest.fixture(autouse=True)
-def fast_compile(request):
-    """Compiles quickly where it is not the program itself that is tested."""
-    slow = "memory" in request.node.name
-    jax.config.update("jax_disable_most_optimizations", not slow)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, T, S, N, K, H, V = 2, 21, 29, 4, 2, 8, 6
 TILES = (8, 12)  # neither divides its length
@@ -434,6 +426,7 @@ def _temporary_bytes(function, *shapes):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("mask", [None, masks.causal() & masks.window(64, 0)])
 def test_memory_is_linear(mask):
     def call(query, key, value):
@@ -453,6 +446,7 @@ def test_memory_is_linear(mask):
         assert long < 40 * 4 * 16384 * 2 * 16
 
 
+@pytest.mark.optimized
 def test_gradients_that_nobody_asks_for_take_no_memory():
     shapes = [(1, 1024, 2, 16)] * 3 + [(1, 2, 1024, 1024)]
 

@@ -1,0 +1,50 @@
+"""What every kernel family asks of its queries, keys and values."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def check_arrays(query: Array, key: Array, value: Array, *, same_tokens: bool = False) -> None:
+    """Checks that query [B, T, N, H], key [B, S, K, H] and value [B, S, K, V] fit together.
+
+    Args:
+      query: the queries.
+      key: the keys.
+      value: the values.
+      same_tokens: whether S must be T.
+
+    Raises:
+      TypeError: an array is not of floating point.
+      ValueError: a shape does not fit; the message names the argument.
+    """
+    for name, array, dims in (
+        ("query", query, "[B, T, N, H]"),
+        ("key", key, "[B, S, K, H]"),
+        ("value", value, "[B, S, K, V]"),
+    ):
+        if array.ndim != 4:
+            raise ValueError(f"{name}: must be {dims}; got shape {array.shape}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name}: must be floating point; got {array.dtype}")
+        if 0 in array.shape:
+            raise ValueError(f"{name}: shape {array.shape} has no elements")
+    batch, _, heads, features = query.shape
+    if key.shape[0] != batch or key.shape[3] != features:
+        raise ValueError(
+            f"key: shape {key.shape} must have the batch, {batch}, and the head dimension, "
+            f"{features}, of query {query.shape}"
+        )
+    if same_tokens and key.shape[1] != query.shape[1]:
+        raise ValueError(
+            f"key: shape {key.shape} must have the {query.shape[1]} tokens of query: attention "
+            "over a memory is self-attention"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value: shape {value.shape} must start with {key.shape[:3]}, as key {key.shape}"
+        )
+    if heads % key.shape[2]:
+        raise ValueError(
+            f"key: {key.shape[2]} heads do not divide the {heads} heads of query; num_heads must "
+            "be a multiple of num_kv_heads"
+        )
