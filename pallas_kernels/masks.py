@@ -66,12 +66,54 @@ class Tile(NamedTuple):
         return (self.column + jnp.arange(self.columns, dtype=jnp.int32))[None, None, None]
 
 
+class Tiles(NamedTuple):
+    """Tiles of one size, of the queries or of the keys.
+
+    `number` says which tiles are meant. It is [rows, 1] for queries and [1, columns] for keys, or
+    for keys that are listed [B|1, N|K|1, rows, columns].
+    """
+
+    size: int
+    tokens: int
+    number: Array
+
+    @property
+    def first(self) -> Array:
+        """Returns the first token of every tile."""
+        return self.number * self.size
+
+    @property
+    def last(self) -> Array:
+        """Returns the last token of every tile; the last tile may reach beyond all tokens."""
+        last = self.number * self.size + (self.size - 1)
+        numpy = np if isinstance(last, np.ndarray) else jnp
+        return numpy.minimum(last, self.tokens - 1)
+
+    def reduced(self, array: Array, axis: int, monoid: Callable[..., Array]) -> Array:
+        """Reduces the tokens of every tile, all tiles of the array, along one axis."""
+        pad = -array.shape[axis] % self.size
+        widths = [(0, 0)] * array.ndim
+        widths[axis] = (0, pad)
+        array = jnp.pad(array, widths, mode="edge")
+        shape = array.shape[:axis] + (-1, self.size) + array.shape[axis + 1 :]
+        return monoid(array.reshape(shape), axis=axis + 1)
+
+    def taken(self, values: Array) -> Array:
+        """Takes from values [B|1, N|K|1, rows|1, all columns] those of the tiles of keys."""
+        if self.number.ndim == 2:
+            return values
+        values, number = _matched(values, self.number)
+        return jnp.take_along_axis(values, number, axis=3)
+
+
 class Mask:
     """A set of (query, key) pairs, per batch row and head; masks are joined by `&`.
 
     Kernels use a mask in three steps: `resolve` checks it against the shapes of a call and gives
-    every leaf a batch dimension; `dims` names the dimensions of the leaves, for sharding; and what
-    `prepared` returns is evaluated by `tile`, `key_range` and `query_range`.
+    every leaf a batch dimension; `dims` names the dimensions of the leaves, for sharding and for
+    cutting them to tiles; and what `prepared` returns is evaluated by `tile`, `key_range` and
+    `query_range`. A Pallas kernel cuts the leaves itself, evaluates by `allowed`, and knows from
+    `occupancy` what to visit.
     """
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -112,6 +154,27 @@ class Mask:
 
     def tile(self, tile: Tile) -> Bool[Array, "B|1 N|K|1 rows|1 columns|1"]:
         """Evaluates a prepared mask on a tile that lies inside of the mask's shape."""
+        leaves, tree = jax.tree.flatten(self)
+        leaves = list(map(functools.partial(_on_tile, tile), leaves, self.dims()))
+        heads = max((leaf.shape[1] for leaf in leaves), default=1)
+        on_tile = tree.unflatten([_repeated(leaf, heads) for leaf in leaves])
+        return on_tile.allowed(tile.queries, tile.keys)
+
+    def allowed(self, queries: Array, keys: Array) -> Array:
+        """Evaluates a mask whose leaves are cut to a tile: the definition of a mask.
+
+        Args:
+          queries: numbers of the queries, of a shape that broadcasts against keys and leaves.
+          keys: numbers of the keys.
+        """
+        raise NotImplementedError
+
+    def occupancy(self, rows: "Tiles", columns: "Tiles") -> tuple[Array, Array]:
+        """Returns of tiles whether some pair, and whether every pair, may be allowed.
+
+        The first may err towards True, the second towards False. Both broadcast to [B, N, rows,
+        columns]; they are NumPy arrays where all that they depend on is static.
+        """
         raise NotImplementedError
 
     def key_range(self, row: Bound, rows: int, keys: int) -> tuple[Bound, Bound]:
@@ -172,6 +235,13 @@ class And(Mask):
         heads = max(t.shape[1] for t in tiles)
         return functools.reduce(operator.and_, (_repeated(t, heads) for t in tiles))
 
+    def allowed(self, queries: Array, keys: Array) -> Array:
+        return functools.reduce(operator.and_, (m.allowed(queries, keys) for m in self.masks))
+
+    def occupancy(self, rows: Tiles, columns: Tiles) -> tuple[Array, Array]:
+        some, every = zip(*(m.occupancy(rows, columns) for m in self.masks), strict=True)
+        return _all(some), _all(every)
+
     def key_range(self, row: Bound, rows: int, keys: int) -> tuple[Bound, Bound]:
         starts, stops = zip(*(m.key_range(row, rows, keys) for m in self.masks), strict=True)
         return functools.reduce(_maximum, starts), functools.reduce(_minimum, stops)
@@ -194,8 +264,12 @@ class Causal(Mask):
     def dims(self) -> tuple[str, ...]:
         return _row_dims(self.offset)
 
-    def tile(self, tile: Tile) -> Array:
-        return tile.keys <= tile.queries + _column(self.offset)
+    def allowed(self, queries: Array, keys: Array) -> Array:
+        return keys <= queries + self.offset
+
+    def occupancy(self, rows: Tiles, columns: Tiles) -> tuple[Array, Array]:
+        offset = _column(self.offset)
+        return columns.first <= rows.last + offset, columns.last <= rows.first + offset
 
     def key_range(self, row: Bound, rows: int, keys: int) -> tuple[Bound, Bound]:
         return 0, row + rows + self.offset
@@ -223,14 +297,23 @@ class Window(Mask):
         sides = (side for side in (self.left, self.right) if side is not None)
         return tuple(d for bound in (*sides, self.offset) for d in _row_dims(bound))
 
-    def tile(self, tile: Tile) -> Array:
-        distance = tile.keys - tile.queries - _column(self.offset)
-        allowed = jnp.ones((1, 1, 1, 1), bool)
+    def allowed(self, queries: Array, keys: Array) -> Array:
+        distance = keys - queries
+        return self._holds(distance, distance)
+
+    def occupancy(self, rows: Tiles, columns: Tiles) -> tuple[Array, Array]:
+        least, most = columns.first - rows.last, columns.last - rows.first
+        mask = jax.tree.map(_column, self)
+        return mask._holds(most, least), mask._holds(least, most)
+
+    def _holds(self, after_left: Array, before_right: Array) -> Array:
+        """Says whether one distance obeys the left bound, and another one the right bound."""
+        conditions = [after_left == after_left]  # True, of the shape that is asked for
         if self.left is not None:
-            allowed &= distance >= -_column(self.left)
+            conditions.append(after_left - self.offset >= -self.left)
         if self.right is not None:
-            allowed &= distance <= _column(self.right)
-        return allowed
+            conditions.append(before_right - self.offset <= self.right)
+        return functools.reduce(operator.and_, conditions)
 
     def key_range(self, row: Bound, rows: int, keys: int) -> tuple[Bound, Bound]:
         start = 0 if self.left is None else row + self.offset - self.left
@@ -259,9 +342,12 @@ class Prefix(Mask):
     def dims(self) -> tuple[str, ...]:
         return _row_dims(self.length) + _row_dims(self.offset)
 
-    def tile(self, tile: Tile) -> Array:
-        causal_part = tile.keys <= tile.queries + _column(self.offset)
-        return causal_part | (tile.keys < _column(self.length))
+    def allowed(self, queries: Array, keys: Array) -> Array:
+        return (keys <= queries + self.offset) | (keys < self.length)
+
+    def occupancy(self, rows: Tiles, columns: Tiles) -> tuple[Array, Array]:
+        mask = jax.tree.map(_column, self)
+        return mask.allowed(rows.last, columns.first), mask.allowed(rows.first, columns.last)
 
     def key_range(self, row: Bound, rows: int, keys: int) -> tuple[Bound, Bound]:
         return 0, _maximum(row + rows + self.offset, self.length)
@@ -272,34 +358,47 @@ class Prefix(Mask):
 
 @_mask
 class Segments(Mask):
-    """See `segments`."""
+    """See `segments`. Keys of id -1 are seen by every query if `shared` is set."""
 
     query_ids: Array
     key_ids: Array | None
+    shared: bool
 
     def resolve(self, shape: Shape) -> Mask:
         name = "segments: query_ids"
         query_ids = _tokens(self.query_ids, shape.queries, "query", name, shape)
-        if self.key_ids is None:
-            if shape.queries != shape.keys:
-                raise ValueError(
-                    f"segments: key_ids must be given where there are {shape.queries} queries and "
-                    f"{shape.keys} keys"
-                )
-            return Segments(query_ids, None)
-        name = "segments: key_ids"
-        return Segments(query_ids, _tokens(self.key_ids, shape.keys, "key", name, shape))
+        key_ids = query_ids
+        if self.key_ids is not None:
+            name = "segments: key_ids"
+            key_ids = _tokens(self.key_ids, shape.keys, "key", name, shape)
+        elif shape.queries != shape.keys:
+            raise ValueError(
+                f"segments: key_ids must be given where there are {shape.queries} queries and "
+                f"{shape.keys} keys"
+            )
+        return Segments(query_ids, key_ids, self.shared)
 
     def dims(self) -> tuple[str, ...]:
-        return ("1nt",) if self.key_ids is None else ("1nt", "1ns")
+        return "1nt", "1ns"
 
-    def tile(self, tile: Tile) -> Array:
-        queries = _sliced(self.query_ids, -1, tile.row, tile.rows)[..., :, None]
-        key_ids = self.query_ids if self.key_ids is None else self.key_ids
-        keys = _sliced(key_ids, -1, tile.column, tile.columns)[..., None, :]
-        queries, keys = _matched(queries, keys)
-        same = queries == keys
-        return same if self.key_ids is None else same | (keys == -1)
+    def allowed(self, queries: Array, keys: Array) -> Array:
+        same = self.query_ids == self.key_ids
+        return same | (self.key_ids == -1) if self.shared else same
+
+    def occupancy(self, rows: Tiles, columns: Tiles) -> tuple[Array, Array]:
+        query_ids, key_ids = _matched(self.query_ids, self.key_ids)
+        query_low, query_high = (
+            rows.reduced(query_ids, 2, monoid)[..., None] for monoid in (jnp.min, jnp.max)
+        )
+        key_low, key_high = (
+            columns.reduced(key_ids, 2, monoid)[..., None, :] for monoid in (jnp.min, jnp.max)
+        )
+        some = (query_low <= key_high) & (key_low <= query_high)
+        every = (query_low == key_high) & (key_low == query_high) & (key_low == key_high)
+        if self.shared:
+            some |= columns.reduced(key_ids == -1, 2, jnp.any)[..., None, :]
+            every |= columns.reduced(key_ids == -1, 2, jnp.all)[..., None, :]
+        return columns.taken(some), columns.taken(every)
 
 
 @_mask
@@ -321,13 +420,17 @@ class Lengths(Mask):
         given = (length for length in (self.query, self.key) if length is not None)
         return tuple(d for length in given for d in _row_dims(length))
 
-    def tile(self, tile: Tile) -> Array:
-        allowed = jnp.ones((1, 1, 1, 1), bool)
+    def allowed(self, queries: Array, keys: Array) -> Array:
+        conditions = [queries == queries]  # True, of the shape that is asked for
         if self.query is not None:
-            allowed &= tile.queries < _column(self.query)
+            conditions.append(queries < self.query)
         if self.key is not None:
-            allowed &= tile.keys < _column(self.key)
-        return allowed
+            conditions.append(keys < self.key)
+        return functools.reduce(operator.and_, conditions)
+
+    def occupancy(self, rows: Tiles, columns: Tiles) -> tuple[Array, Array]:
+        mask = jax.tree.map(_column, self)
+        return mask.allowed(rows.first, columns.first), mask.allowed(rows.last, columns.last)
 
     def key_range(self, row: Bound, rows: int, keys: int) -> tuple[Bound, Bound]:
         stop = keys if self.key is None else self.key
@@ -352,8 +455,13 @@ class Dilated(Mask):
     def dims(self) -> tuple[str, ...]:
         return _row_dims(self.offset)
 
-    def tile(self, tile: Tile) -> Array:
-        return (tile.queries + _column(self.offset) - tile.keys) % self.step == 0
+    def allowed(self, queries: Array, keys: Array) -> Array:
+        return (queries + self.offset - keys) % self.step == 0
+
+    def occupancy(self, rows: Tiles, columns: Tiles) -> tuple[Array, Array]:
+        offset = _column(self.offset)
+        first, last = rows.first + offset - columns.last, rows.last + offset - columns.first
+        return last // self.step >= -(-first // self.step), (first == first) & (self.step == 1)
 
 
 @_mask
@@ -371,8 +479,20 @@ class Dense(Mask):
     def dims(self) -> tuple[str, ...]:
         return ("1nts",)
 
-    def tile(self, tile: Tile) -> Array:
-        return sliced_tile(self.array, tile)
+    def allowed(self, queries: Array, keys: Array) -> Array:
+        return self.array
+
+    def occupancy(self, rows: Tiles, columns: Tiles) -> tuple[Array, Array]:
+        def reduced(monoid: Callable[..., Array]) -> Array:
+            array = self.array
+            if array.shape[2] > 1:
+                array = rows.reduced(array, 2, monoid)
+            if array.shape[3] > 1:
+                array = columns.reduced(array, 3, monoid)
+                array = columns.taken(array)
+            return array
+
+        return reduced(jnp.any), reduced(jnp.all)
 
 
 @_mask
@@ -449,21 +569,17 @@ class Rule(Mask):
         )
 
     def dims(self) -> tuple[str, ...]:
-        return ("1nt",) * len(jax.tree.leaves((self.query_tokens, self.key_tokens)))
+        queries, keys = (len(jax.tree.leaves(x)) for x in (self.query_tokens, self.key_tokens))
+        return ("1nt",) * queries + ("1ns",) * keys
 
-    def tile(self, tile: Tile) -> Array:
-        queries = jax.tree.map(
-            lambda x: _sliced(x, -1, tile.row, tile.rows)[..., :, None], self.query_tokens
-        )
-        keys = jax.tree.map(
-            lambda x: _sliced(x, -1, tile.column, tile.columns)[..., None, :], self.key_tokens
-        )
-        heads = max(x.shape[1] for x in jax.tree.leaves((queries, keys)))
-        queries, keys = jax.tree.map(lambda x: _repeated(x, heads), (queries, keys))
-        allowed = self.fn(queries, keys)
+    def allowed(self, queries: Array, keys: Array) -> Array:
+        allowed = self.fn(self.query_tokens, self.key_tokens)
         if allowed.dtype != bool:
             raise TypeError(f"rule: fn must return booleans; got {allowed.dtype}")
         return allowed
+
+    def occupancy(self, rows: Tiles, columns: Tiles) -> tuple[Array, Array]:
+        return np.ones((1, 1), bool), np.zeros((1, 1), bool)
 
 
 def causal(offset: int | Int[ArrayLike, ""] | Int[ArrayLike, "B"] = 0) -> Mask:
@@ -510,7 +626,9 @@ def segments(
         None: queries and keys are the same tokens, compared for equality only.
     """
     query_ids = _integers(query_ids, "segments: query_ids")
-    return Segments(query_ids, None if key_ids is None else _integers(key_ids, "segments: key_ids"))
+    if key_ids is None:
+        return Segments(query_ids, None, shared=False)
+    return Segments(query_ids, _integers(key_ids, "segments: key_ids"), shared=True)
 
 
 def lengths(
@@ -579,8 +697,8 @@ def rule(fn: Callable[[Any, Any], Array], query_tokens: Any, key_tokens: Any) ->
     """A pair rule on values that queries and keys carry: intervals, neighbourhoods, thresholds.
 
     Args:
-      fn: maps the values of a tile, of shapes [B|1, heads, rows, 1] and [B|1, heads, 1, columns],
-        to booleans by elementwise operations. It is static: give the same function at every call.
+      fn: maps the values of a tile, of shapes [..., rows, 1] and [..., 1, columns], to booleans by
+        elementwise operations. It is static: give the same function at every call.
       query_tokens: an array [B|1, T] or [B|1, N|K|1, T], or a pytree of such.
       key_tokens: likewise, of length S.
 
@@ -621,6 +739,24 @@ def sliced_tile(array: Array, tile: Tile) -> Array:
     if array.shape[-1] > 1:
         array = _sliced(array, -1, tile.column, tile.columns)
     return array
+
+
+def _on_tile(tile: Tile, leaf: Array, dims: str) -> Array:
+    """Cuts a leaf with these dimensions to a tile and lets it broadcast against [B, N, T, S]."""
+    if dims == "1":
+        return _column(leaf)
+    if dims == "1nt":
+        return _sliced(leaf, -1, tile.row, tile.rows)[..., :, None]
+    if dims == "1ns":
+        return _sliced(leaf, -1, tile.column, tile.columns)[..., None, :]
+    return sliced_tile(leaf, tile)
+
+
+def _all(conditions: Sequence[Array]) -> Array:
+    """Joins conditions per tile, [rows, columns] or [B|1, N|K|1, rows, columns]."""
+    heads = max((c.shape[1] for c in conditions if c.ndim == 4), default=1)
+    conditions = (_repeated(c, heads) if c.ndim == 4 else c for c in conditions)
+    return functools.reduce(operator.and_, conditions)
 
 
 def _listed_range(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import masks
-from pallas_kernels.masks import Shape, Tile
+from pallas_kernels.masks import Shape, Tile, Tiles
 
 T, S = 7, 11
 
@@ -156,7 +156,7 @@ def test_and_repeats_head_groups():
     np.testing.assert_array_equal(dense, expected)
 
 
-def _some_masks():
+def _some_masks(lists=True):
     bound = st.integers(0, 12)
     rows = st.lists(st.integers(0, 12), min_size=2, max_size=2).map(
         lambda x: jnp.array(x, jnp.int32)
@@ -170,7 +170,7 @@ def _some_masks():
         st.builds(masks.prefix, either, offset),
         st.builds(masks.lengths, side, side),
         st.builds(masks.dilated, st.integers(1, 4), offset),
-        st.integers(0, 99).map(_random_blocks),
+        st.integers(0, 99).map(_random_blocks if lists else _random_arrays),
     )
     return st.lists(one, min_size=1, max_size=3).map(masks.all_of)
 
@@ -179,6 +179,12 @@ def _random_blocks(seed):
     rng = np.random.default_rng(seed)
     indices = np.sort(np.stack([rng.permutation(6)[:3] for _ in range(8)]), axis=-1)
     return masks.blocks(indices.reshape(2, 1, 4, 3), rng.integers(0, 4, (2, 1, 4)), 2, 2)
+
+
+def _random_arrays(seed):
+    rng = np.random.default_rng(seed)
+    ids = [np.sort(rng.integers(-1, 3, (2, 1, size)), axis=-1) for size in (T, S)]
+    return masks.segments(*ids) & masks.dense(rng.random((2, 1, T, S)) < 0.8)
 
 
 @settings(max_examples=40, deadline=None)
@@ -201,6 +207,58 @@ def test_tiles_and_ranges_agree_with_the_dense_mask(mask, tile):
     start, stop = (np.broadcast_to(x, 2) for x in resolved.query_range(column, columns, T))
     hidden = (np.arange(T) < start[:, None]) | (np.arange(T) >= stop[:, None])
     assert not (dense[:, 0, :, column : column + columns].any(axis=2) & hidden).any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(mask=_some_masks(lists=False), rows=st.integers(1, T), columns=st.integers(1, S))
+def test_occupancy_bounds_what_tiles_hold(mask, rows, columns):
+    resolved = mask.resolve(Shape(T, S))
+    grid = -(-T // rows), -(-S // columns)
+    numbers = np.arange(grid[0])[:, None], np.arange(grid[1])[None]
+    dense = np.asarray(mask.to_dense(T, S))
+    expected = [
+        np.stack(
+            [
+                monoid(dense[:, :, i * rows : (i + 1) * rows, j * columns : (j + 1) * columns])
+                for i, j in np.ndindex(grid)
+            ],
+            axis=-1,
+        ).reshape(*dense.shape[:2], *grid)
+        for monoid in (lambda x: x.any((2, 3)), lambda x: x.all((2, 3)))
+    ]
+    some, every = resolved.occupancy(Tiles(rows, T, numbers[0]), Tiles(columns, S, numbers[1]))
+    assert (some >= expected[0]).all() and (every <= expected[1]).all()
+
+    listed = np.random.default_rng(0).integers(0, grid[1], (1, 1, grid[0], 3))
+    taken = resolved.occupancy(Tiles(rows, T, numbers[0]), Tiles(columns, S, listed))
+    for whole, few in zip((some, every), taken, strict=True):
+        whole = np.broadcast_to(whole, (*dense.shape[:2], *grid))
+        expected = np.take_along_axis(whole, np.broadcast_to(listed, (*whole.shape[:3], 3)), 3)
+        np.testing.assert_array_equal(np.broadcast_to(few, expected.shape), expected)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.causal(2),
+        masks.window(2, 1, 1),
+        masks.window(None, None),
+        masks.prefix(5),
+        masks.lengths(5, 8),
+        masks.dilated(3),
+        masks.dilated(1),
+        masks.dense(np.random.default_rng(0).random((1, 1, T, S)) < 0.5),
+    ],
+)
+def test_occupancy_of_single_masks_is_exact(mask):
+    rows, columns = 2, 3
+    tiles = Tiles(rows, T, np.arange(4)[:, None]), Tiles(columns, S, np.arange(4)[None])
+    some, every = mask.resolve(Shape(T, S)).occupancy(*tiles)
+    dense = np.asarray(mask.to_dense(T, S))[0, 0]
+    for i, j in np.ndindex(4, 4):
+        tile = dense[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
+        assert np.broadcast_to(some, (1, 1, 4, 4))[0, 0, i, j] == tile.any()
+        assert np.broadcast_to(every, (1, 1, 4, 4))[0, 0, i, j] == tile.all()
 
 
 @pytest.mark.parametrize(
