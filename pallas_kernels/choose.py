@@ -63,7 +63,7 @@ def resolve_implementation(
 
 _PLATFORMS = ("tpu", "cuda")
 
-_Flat = Callable[..., list[jax.Array]]  # a kernel of leaves
+_Flat = Callable[..., list[jax.Array]]  # a kernel, from leaves to leaves
 
 
 def at_lowering(
@@ -168,14 +168,14 @@ def _lowered(
     platform: str | None = None,
     **kernels: _Flat,
 ) -> Sequence[Any]:
-    run = core.jaxpr_as_fun(fallback)
+    function = core.jaxpr_as_fun(fallback)
     if platform in kernels and _is_local(ctx):
-        run = kernels[platform]
-    return mlir.lower_fun(run)(ctx, *args)
+        function = kernels[platform]
+    return mlir.lower_fun(function)(ctx, *args)
 
 
 def _is_local(ctx: mlir.LoweringRuleContext) -> bool:
-    """Returns whether arrays are those of one device where this is lowered."""
+    """Returns whether what is lowered works on the arrays of one device."""
     kinds = jax.sharding.get_abstract_mesh().axis_types
     if kinds and all(kind == AxisType.Manual for kind in kinds):
         return True
