@@ -120,7 +120,7 @@ class Mask:
         """Returns the mask of pairs that both masks allow."""
         if not isinstance(other, Mask):
             return NotImplemented
-        return And(_parts(self) + _parts(other))
+        return And(parts(self) + parts(other))
 
     def to_dense(self, queries: int, keys: int) -> Bool[Array, "B|1 N|1 queries keys"]:
         """Returns the mask as a boolean array, its definition.
@@ -157,7 +157,7 @@ class Mask:
         leaves, tree = jax.tree.flatten(self)
         leaves = list(map(functools.partial(_on_tile, tile), leaves, self.dims()))
         heads = max((leaf.shape[1] for leaf in leaves), default=1)
-        on_tile = tree.unflatten([_repeated(leaf, heads) for leaf in leaves])
+        on_tile = tree.unflatten([repeated(leaf, heads) for leaf in leaves])
         return on_tile.allowed(tile.queries, tile.keys)
 
     def allowed(self, queries: Array, keys: Array) -> Array:
@@ -233,7 +233,7 @@ class And(Mask):
     def tile(self, tile: Tile) -> Array:
         tiles = [mask.tile(tile) for mask in self.masks]
         heads = max(t.shape[1] for t in tiles)
-        return functools.reduce(operator.and_, (_repeated(t, heads) for t in tiles))
+        return functools.reduce(operator.and_, (repeated(t, heads) for t in tiles))
 
     def allowed(self, queries: Array, keys: Array) -> Array:
         return functools.reduce(operator.and_, (m.allowed(queries, keys) for m in self.masks))
@@ -755,7 +755,7 @@ def _on_tile(tile: Tile, leaf: Array, dims: str) -> Array:
 def _all(conditions: Sequence[Array]) -> Array:
     """Joins conditions per tile, [rows, columns] or [B|1, N|K|1, rows, columns]."""
     heads = max((c.shape[1] for c in conditions if c.ndim == 4), default=1)
-    conditions = (_repeated(c, heads) if c.ndim == 4 else c for c in conditions)
+    conditions = (repeated(c, heads) if c.ndim == 4 else c for c in conditions)
     return functools.reduce(operator.and_, conditions)
 
 
@@ -772,7 +772,8 @@ def _listed_range(
     return jnp.argmax(some, axis=1) * other_block, jnp.where(some.any(1), last, 0) * other_block
 
 
-def _parts(mask: Mask) -> tuple[Mask, ...]:
+def parts(mask: Mask) -> tuple[Mask, ...]:
+    """Returns the masks that a mask is joined of."""
     return mask.masks if isinstance(mask, And) else (mask,)
 
 
@@ -844,7 +845,7 @@ def _check_dims(name: str, array: Array, sizes: Sequence[int | None]) -> None:
         raise ValueError(f"{name}: shape {array.shape} does not broadcast to ({wanted})")
 
 
-def _repeated(array: Array, heads: int) -> Array:
+def repeated(array: Array, heads: int) -> Array:
     """Repeats values of head groups, in dimension 1, for the heads of each group."""
     if array.shape[1] in (1, heads):
         return array
@@ -853,7 +854,7 @@ def _repeated(array: Array, heads: int) -> Array:
 
 def _matched(a: Array, b: Array) -> tuple[Array, Array]:
     heads = max(a.shape[1], b.shape[1])
-    return _repeated(a, heads), _repeated(b, heads)
+    return repeated(a, heads), repeated(b, heads)
 
 
 def _sliced(array: Array, axis: int, start: Bound, size: int) -> Array:
