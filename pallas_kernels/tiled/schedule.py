@@ -56,38 +56,41 @@ def divisor(block: int, most: int) -> int | None:
     return next((size for size in (*sizes, 64, 32, FEWEST) if block % size == 0), None)
 
 
-def schedule(mask: Mask | None, grid: Grid, transposed: bool = False) -> Int[Array, "B N rows W"]:
+def schedule(
+    mask: Mask | None, grid: Grid, transposed: bool = False, span: tuple[int, int] | None = None
+) -> Int[Array, "B N rows W"]:
     """Makes the schedule of a resolved mask.
 
     Args:
       mask: None for all pairs.
       grid: the tiles. Where the mask has a block list, its blocks are multiples of them.
       transposed: whether the rows are keys.
+      span: the tiles of columns from which on, and before which, any are listed; None for all.
     """
     lists, rest = split(mask)
     if not lists and not jax.tree.leaves(rest):
-        return _static(jax.tree.structure(rest), grid, transposed)
+        return _static(jax.tree.structure(rest), grid, transposed, span)
     if lists and not transposed:
         number, listed = _listed(*lists, grid)
         some, every = _occupancy(rest, grid, number)
         number, listed, some, every = _same_heads(number, listed, some, every)
-        return _packed(some & listed, every, number)
+        return _packed(some & listed, every, number, span)
     some, every = _occupancy(rest, grid, _numbers(grid)[1])
     if lists:
         some, every, kept = _same_heads(some, every, _kept(*lists, grid))
         some = some & kept
     if transposed:
         some, every = jnp.swapaxes(some, -1, -2), jnp.swapaxes(every, -1, -2)
-    return _packed(some, every, jnp.arange(some.shape[-1], dtype=jnp.int32))
+    return _packed(some, every, jnp.arange(some.shape[-1], dtype=jnp.int32), span)
 
 
 @functools.cache
-def _static(tree: Any, grid: Grid, transposed: bool) -> np.ndarray:
+def _static(tree: Any, grid: Grid, transposed: bool, span: tuple[int, int] | None) -> np.ndarray:
     some, every = _occupancy(jax.tree.unflatten(tree, []), grid, _numbers(grid)[1])
     some, every = (np.broadcast_to(x, grid.shape)[None, None] for x in (some, every))
     if transposed:
         some, every = np.swapaxes(some, -1, -2), np.swapaxes(every, -1, -2)
-    return _packed(some, every, np.arange(some.shape[-1], dtype=np.int32))
+    return _packed(some, every, np.arange(some.shape[-1], dtype=np.int32), span)
 
 
 def _numbers(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
@@ -138,9 +141,11 @@ def _same_heads(*arrays: Any) -> tuple[Any, ...]:
     return tuple(masks.repeated(x, heads) if x.ndim == 4 else x for x in arrays)
 
 
-def _packed(some: Any, every: Any, number: Any) -> Any:
+def _packed(some: Any, every: Any, number: Any, span: tuple[int, int] | None) -> Any:
     """Writes the entries of tiles that hold something one after the other."""
     numpy = np if isinstance(some, np.ndarray) and isinstance(number, np.ndarray) else jnp
+    if span is not None:
+        some = some & (span[0] <= number) & (number < span[1])
     some, every, number = numpy.broadcast_arrays(some, every, number)
     some, every, number = (x.reshape((1,) * (4 - x.ndim) + x.shape) for x in (some, every, number))
     last = np.iinfo(np.int32).max

@@ -14,11 +14,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from pallas_kernels.masks import Blocks
+from pallas_kernels.tiled.inputs import Inputs
+from pallas_kernels.tiled.schedule import divisor
+
 LANES = 128
+
+VMEM_BYTES = 64 * 2**20
+"""What a kernel may take of a core's vector memory: half of it, on v5e and v6e."""
 
 
 class Tiling(NamedTuple):
@@ -29,7 +37,8 @@ class Tiling(NamedTuple):
     columns: int  # in a piece
     column_tiles: int
     pieces: int  # pieces of columns that a step gathers into one tile
-    sub: int  # columns of the part of a tile that is computed at a time
+    row_part: int  # rows of the part of a tile that is computed at a time
+    column_part: int  # its columns
     heads: int  # of the queries
 
     @property
@@ -117,17 +126,17 @@ class Operand:
             return [(source, scratch.at[slot])]
         return []
 
-    def value(self, ref: Any, scratch: Any, slot: Array, start: int) -> Array:
-        """Returns the values for the columns start .. start + sub - 1 of a step's tile."""
-        size = self.tiling.sub
+    def value(self, ref: Any, scratch: Any, slot: Array, row: int, start: int) -> Array:
+        """Returns the values for the part of a step's tile that starts at a row and a column."""
+        size, rows = self.tiling.column_part, pl.ds(row, self.tiling.row_part)
         if self.kind == "number":
             return ref[0, 0]
         if self.kind == "rows":
-            return across(scratch[...], size)
+            return across(scratch[rows], size)
         if self.kind == "columns":
             pieces = [scratch[slot, piece] for piece in range(self.tiling.pieces)]
             return joined(pieces, self.tiling.columns, start, size)
-        value = scratch[slot, :, pl.ds(start, size)]
+        value = scratch[slot, rows, pl.ds(start, size)]
         return value.astype(jnp.int32) != 0 if value.dtype == jnp.int8 else value
 
 
@@ -235,14 +244,18 @@ def tokens(number: Array, size: int) -> Any:
     return pl.ds(pl.multiple_of(number * size, size), size)
 
 
-def column_numbers(numbers: Sequence[Array], tiling: Tiling, start: int) -> Array:
-    """Returns the numbers of the columns start .. start + sub - 1 of a step, as [1, sub]."""
+def positions(
+    numbers: Sequence[Array], tiling: Tiling, row: int, start: int
+) -> tuple[Array, Array]:
+    """Returns the numbers of the rows, one in each lane, and of the columns of a part of a tile."""
+    shape = (tiling.row_part, tiling.column_part)
+    rows = pl.program_id(2) * tiling.rows + row + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     if tiling.pieces == 1:
-        lane = jax.lax.broadcasted_iota(jnp.int32, (1, tiling.sub), 1)
-        return numbers[0] * tiling.columns + start + lane
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, tiling.column_part), 1)
+        return rows, numbers[0] * tiling.columns + start + lane
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, max(tiling.columns, LANES)), 1)
     pieces = [number * tiling.columns + lane for number in numbers]
-    return joined(pieces, tiling.columns, start, tiling.sub)
+    return rows, joined(pieces, tiling.columns, start, tiling.column_part)
 
 
 def column(row: Array) -> Array:
@@ -262,6 +275,77 @@ def across(column: Array, size: int) -> Array:
     if size % LANES == 0:
         return jnp.tile(column, (1, size // LANES))
     return jnp.broadcast_to(column[:, :1], (column.shape[0], size))
+
+
+def by_head(x: Inputs, tiling: Tiling, transposed: bool = False) -> tuple[Array, Array, Array]:
+    """Returns query, key and value as [B, heads, tokens, features], filled up to whole tiles."""
+    # float16 does not compile on TPU.
+    dtype = jnp.float32 if x.query.dtype == jnp.float16 else x.query.dtype
+    rows, columns = tiling.row_tiles * tiling.rows, tiling.column_tiles * tiling.columns
+    queries, keys = (columns, rows) if transposed else (rows, columns)
+    arrays = (jnp.swapaxes(array, 1, 2).astype(dtype) for array in x[:3])
+    return tuple(map(padded, arrays, (2, 2, 2), (queries, keys, keys)))
+
+
+def windows(schedule: Any, heads: int) -> tuple[pl.BlockSpec, Array]:
+    """Returns how a grid step gets its window of a schedule, and the schedule as it is passed."""
+    batch, groups, count, entries = schedule.shape
+    size = -(-entries // LANES) * LANES
+    schedule = padded(jnp.asarray(schedule), 3, size).reshape(batch * groups * count, 1, size)
+
+    def index(b: Array, n: Array, i: Array) -> tuple[Array, int, int]:
+        b = b if batch > 1 else 0
+        n = n // (heads // groups) if groups > 1 else 0
+        return (b * groups + n) * count + i, 0, 0
+
+    return pl.BlockSpec((1, 1, size), index, memory_space=pltpu.SMEM), schedule
+
+
+def branches(schedule: Any, masked: bool) -> tuple[bool, bool]:
+    """Returns whether a schedule has, as far as is known, full tiles, and partial ones."""
+    if not isinstance(schedule, np.ndarray):
+        return True, masked
+    listed = np.arange(schedule.shape[-1] - 1) < schedule[..., :1]
+    partial = schedule[..., 1:] % 2 == 1
+    some = bool((listed & partial).any())
+    return bool((listed & ~partial).any()) or not some, some
+
+
+def generation() -> int:
+    """Returns the generation of the TPU that a kernel is lowered for, 5 where it is not known."""
+    try:
+        return pltpu.get_tpu_info().generation
+    except Exception:  # it has no error of its own for "there is none"
+        return 5
+
+
+def even(count: int, most: int) -> int:
+    """Returns the size of tiles, of about equal sizes, that cover a number of tokens."""
+    # 32 rows are a register of 8-bit values. Multiples of 256 have parts of a good size.
+    step = 256 if count > 256 else LANES if count > 32 else 32
+    number = -(-count // most)
+    return -(-count // (number * step)) * step
+
+
+def listed(blocks: Blocks, transposed: bool) -> tuple[int, int, int, int]:
+    """Returns rows and columns of tiles for a block list, pieces in a step, and columns of a part."""
+    rows, columns = divisor(blocks.block_q, 1024), divisor(blocks.block_k, 1024)
+    rows, columns = (columns, rows) if transposed else (rows, columns)
+    pieces = max(512 // columns, 1)
+    width = columns * pieces
+    return rows, columns, pieces, 512 if width % 512 == 0 else width if width < 512 else LANES
+
+
+def has_scores(x: Inputs) -> bool:
+    """Returns whether a value for every score has to be copied."""
+    arrays = [] if x.bias is None else [x.bias]
+    if x.mask is not None:
+        arrays += [
+            a
+            for a, d in zip(jax.tree.leaves(x.mask), x.mask.dims(), strict=True)
+            if d.endswith("ts")
+        ]
+    return any(array.shape[-2] > 1 and array.shape[-1] > 1 for array in arrays)
 
 
 def padded(array: Array, axis: int, size: int) -> Array:

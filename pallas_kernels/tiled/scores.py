@@ -1,0 +1,213 @@
+"""What the TPU kernels of tiled attention compute of a tile of scores, and from which arrays.
+
+Scores are kept in a unit in which a weight is as few operations away as can be: for a softmax the
+products themselves, if they are only to be scaled, and otherwise scores in base 2.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from pallas_kernels import masks
+from pallas_kernels.masks import Mask
+from pallas_kernels.tiled.inputs import Inputs, Options
+from pallas_kernels.tiled.schedule import split
+from pallas_kernels.tiled.tiles import Operand, Tiling
+
+LOG2E = math.log2(math.e)
+
+ADDED = ("bias", "slopes")
+"""The inputs that are added to scores."""
+
+
+class Scores(NamedTuple):
+    """How weights come of products: the static part of a call that kernels close over.
+
+    A score is `scale` times a product, capped, plus what is added; `unit` is what the kernels hold
+    for a score of 1. A softmax's weight is 2 ** (factor * held).
+    """
+
+    options: Options
+    unit: float
+    factor: float
+
+    @classmethod
+    def of(cls, options: Options, x: Inputs) -> "Scores":
+        """Chooses the unit for a call."""
+        if options.weights in ("softplus", "relu"):
+            return cls(options, 1.0, 1.0)
+        added = options.logit_bias or any(getattr(x, name) is not None for name in ADDED)
+        plain = options.logits_soft_cap is None and not added and options.scale > 0
+        if options.weights == "softmax" and plain:
+            return cls(options, 1 / options.scale, options.scale * LOG2E)
+        return cls(options, LOG2E, 1.0)
+
+    def held(
+        self, products: Array, here: dict[str, Any], queries: Array, keys: Array
+    ) -> tuple[Array, Array | float]:
+        """Returns scores in the kernels' unit, and the derivative of the soft cap.
+
+        Args:
+          products: of queries and keys.
+          here: the values of the operands; "mask" is missing where all pairs are allowed.
+          queries: numbers of the queries.
+          keys: numbers of the keys.
+        """
+        scale, cap, slope = self.options.scale * self.unit, self.options.logits_soft_cap, 1.0
+        if cap is not None:
+            bounded = jnp.tanh(products * (self.options.scale / cap))
+            scores, slope = bounded * (cap * self.unit), 1 - bounded * bounded
+        else:
+            scores = products if scale == 1 else products * scale
+        if self.options.logit_bias:
+            scores += self.options.logit_bias * self.unit
+        if "bias" in here:
+            scores += here["bias"].astype(jnp.float32) * self.unit
+        if "slopes" in here:
+            scores -= here["slopes"] * self.unit * distance(here, queries, keys)
+        if "mask" in here:
+            scores = jnp.where(here["mask"].allowed(queries, keys), scores, -jnp.inf)
+        return scores, slope
+
+    def exp(self, scores: Array) -> Array:
+        """Returns the exponential of scores, of a softmax."""
+        return jnp.exp2(scores if self.factor == 1 else scores * self.factor)
+
+    def weights(self, scores: Array, exact: bool) -> Array:
+        """Returns the weights of scores, with no maximum subtracted."""
+        match self.options.weights:
+            case "softmax":
+                return self.exp(scores)
+            case "sigmoid":
+                return pl.reciprocal(1 + jnp.exp2(-scores), approx=not exact)
+            case "softplus":
+                small = jnp.exp(-jnp.abs(scores))
+                log = jnp.log1p(small) if exact else jnp.log(1 + small)
+                return jnp.maximum(scores, 0) + log
+            case _:
+                return jnp.maximum(scores, 0)
+
+    def derivative(self, scores: Array, weights: Array, exact: bool) -> Array:
+        """Returns the derivative of weights that are not of a softmax by their scores."""
+        match self.options.weights:
+            case "sigmoid":
+                return weights * (1 - weights)
+            case "softplus":
+                return pl.reciprocal(1 + jnp.exp(-scores), approx=not exact)
+            case _:
+                return (scores > 0).astype(jnp.float32)
+
+
+def distance(here: dict[str, Any], queries: Array, keys: Array) -> Array:
+    """Returns the distances of queries and keys."""
+    return jnp.abs(queries + here["offset"] - keys).astype(jnp.float32)
+
+
+class Operands:
+    """The arrays of a call, apart from queries, keys and values, as a kernel gets them.
+
+    Attributes:
+      specs, arrays, scratch: arguments of pallas_call, by name.
+      mask: the mask as it is evaluated on tiles that are not full.
+    """
+
+    def __init__(self, x: Inputs, tiling: Tiling, transposed: bool = False, **more: Array):
+        """Prepares the inputs of a call, and more arrays [B, N, T] with a value for every query."""
+        queries, keys = x.query.shape[1], x.key.shape[1]
+        rows, columns = tiling.row_tiles * tiling.rows, tiling.column_tiles * tiling.columns
+        rest = split(x.mask)[1]
+        # Tokens that fill the last tile up are no keys, and pieces that fill a step up are nothing.
+        fills = tiling.pieces > 1
+        ends = masks.lengths(
+            queries if transposed and fills else None,
+            keys if (rows if transposed else columns) != keys or fills else None,
+        )
+        self.mask: Mask | None = masks.all_of([m for m in (rest, ends) if not _allows_all(m)])
+        leaves = jax.tree.leaves(self.mask)
+        dims = () if self.mask is None else self.mask.dims()
+        named = {f"mask{k}": pair for k, pair in enumerate(zip(leaves, dims, strict=True))}
+        own = dict(zip(Inputs._fields, x.dims, strict=True))
+        for name in (*ADDED, "sink", "offset"):
+            if getattr(x, name) is not None:
+                named[name] = getattr(x, name), own[name]
+        if transposed:
+            named.pop("sink", None)
+        named |= {name: (array, "bnt") for name, array in more.items()}
+        self._operands = {
+            name: Operand(array, dims, tiling, transposed) for name, (array, dims) in named.items()
+        }
+        self.specs = {name: operand.spec for name, operand in self._operands.items()}
+        self.arrays = {name: operand.array for name, operand in self._operands.items()}
+        self.scratch = {
+            name: operand.scratch
+            for name, operand in self._operands.items()
+            if operand.scratch is not None
+        }
+
+    def bound(self, refs: dict[str, Any], scratch: dict[str, Any]) -> "BoundOperands":
+        """Returns the operands in a kernel, prepared for its tile of rows."""
+        for name, operand in self._operands.items():
+            operand.prepare(refs[name], scratch.get(name))
+        return BoundOperands(self._operands, self.mask, refs, scratch)
+
+
+class BoundOperands(NamedTuple):
+    """The operands in a kernel."""
+
+    operands: dict[str, Operand]
+    mask: Mask | None
+    refs: dict[str, Any]
+    scratch: dict[str, Any]
+
+    def copies(self, number: Array, piece: int, slot: Array) -> list:
+        """Returns (source, target) of what to copy for one piece of columns."""
+        return [
+            copy
+            for name, operand in self.operands.items()
+            for copy in operand.copies(self.refs[name], self.scratch.get(name), number, piece, slot)
+        ]
+
+    def value(self, name: str, slot: Array | int, row: int, start: int) -> Array:
+        """Returns the value of one operand for a part of a tile."""
+        operand = self.operands[name]
+        return operand.value(self.refs[name], self.scratch.get(name), slot, row, start)
+
+    def values(self, slot: Array, row: int, start: int, masked: bool) -> dict[str, Any]:
+        """Returns the values for a part of a tile by name, "mask" with its leaves."""
+        names = [n for n in self.operands if n != "sink" and not n.startswith("mask")]
+        values = {name: self.value(name, slot, row, start) for name in names}
+        if masked:
+            tree = jax.tree.structure(self.mask)
+            leaves = [self.value(f"mask{k}", slot, row, start) for k in range(tree.num_leaves)]
+            values["mask"] = tree.unflatten(leaves)
+        return values
+
+
+def _allows_all(mask: Mask | None) -> bool:
+    return mask is None or isinstance(mask, masks.Lengths) and mask.query is mask.key is None
+
+
+def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    """Multiplies matrices over these axes, float32 in full, into float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((a_axis,), (b_axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def parts(tiling: Tiling) -> Sequence[tuple[int, int]]:
+    """Returns the first rows and columns of the parts of a tile."""
+    return [
+        (row, start)
+        for start in range(0, tiling.width, tiling.column_part)
+        for row in range(0, tiling.rows, tiling.row_part)
+    ]

@@ -1,0 +1,315 @@
+"""The backward of tiled attention as a Pallas kernel for TPU: see docs/kernels.md.
+
+One pass over the scores makes all gradients. A grid step has a tile of keys, and visits tiles of
+queries; its scores are [keys, queries], so that what belongs to a query lies along lanes. Gradients
+of its keys and values are summed in VMEM and written once. Gradients of the queries of a head are
+summed in VMEM over all its tiles of keys, and written when the head is done.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels.tiled import tiles
+from pallas_kernels.tiled.inputs import Inputs, Options, without_hidden
+from pallas_kernels.tiled.schedule import Grid, schedule, split
+from pallas_kernels.tiled.scores import LOG2E, Operands, Scores, distance, dot, parts
+from pallas_kernels.tiled.tiles import LANES, Tiling
+
+SPAN_BYTES = 8 * 2**20
+"""How much of the queries' gradients one kernel holds in VMEM, in one of two buffers."""
+
+
+def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Array, ...]:
+    """Returns gradients, as `xla.backward` does.
+
+    Raises:
+      NotImplementedError: the gradient of a bias is asked for.
+    """
+    for name in ("bias", "table"):
+        if name in names:
+            raise NotImplementedError(f"tiled_attention: 'pallas_tpu' has no gradient of {name}")
+    *inputs, out, lse, d_out, d_lse = args
+    x = without_hidden(Inputs(*inputs))
+    batch, queries, heads, features = x.query.shape
+    keys, kv_heads, width = x.value.shape[1:]
+    tiling, grid = _tiling(x)
+    padding = ((0, 0), (0, 0), (0, tiling.column_tiles * tiling.columns - queries))
+
+    # Of a row without keys all is 0, whatever its cotangents are.
+    hidden = jnp.isneginf(lse)
+    d_out = jnp.where(hidden[..., None], 0, d_out)
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    delta = jnp.where(hidden, 0, delta)
+    lse = jnp.where(hidden, jnp.inf, lse)
+    more = {}
+    if options.normalise:
+        more["delta"] = jnp.pad(jnp.swapaxes(delta, 1, 2), padding)
+        by_head = jnp.pad(jnp.swapaxes(lse, 1, 2), padding, constant_values=jnp.inf)
+        more["lse"] = by_head * LOG2E if options.weights == "softmax" else jnp.exp(-by_head)
+    operands = Operands(x, tiling, True, **more)
+    query, key, value = tiles.by_head(x, tiling, True)
+    d_out = tiles.by_head(x._replace(query=d_out.astype(x.query.dtype)), tiling, True)[0]
+    call = Scores.of(options, x)
+
+    # Sums over the heads of a group, or over spans of queries, are taken in float32.
+    tokens = max(SPAN_BYTES // (4 * max(features, LANES)) // tiling.columns, 1)
+    spans = [
+        (first, min(first + tokens, tiling.column_tiles))
+        for first in range(0, tiling.column_tiles, tokens)
+    ]
+    partial = heads > kv_heads or len(spans) > 1
+    dtypes = [jnp.float32 if partial else array.dtype for array in (key, value)]
+    results = [
+        _call(call, x, tiling, grid, operands, span, dtypes, "slopes" in names)(
+            operands.arrays, key, value, query, d_out
+        )
+        for span in spans
+    ]
+    d_query, d_key, d_value, d_slopes = zip(*results, strict=True)
+    d_query = jnp.concatenate(d_query, axis=2) * options.scale
+    gradients = [jnp.swapaxes(d_query[:, :, :queries], 1, 2).astype(x.query.dtype)]
+    for parts_, array in ((d_key, x.key), (d_value, x.value)):
+        gradient = functools.reduce(jnp.add, parts_)[:, :, :keys]
+        gradient = gradient.reshape(batch, kv_heads, heads // kv_heads, *gradient.shape[2:])
+        gradient = jnp.sum(gradient, axis=2) if heads > kv_heads else gradient[:, :, 0]
+        gradients.append(jnp.swapaxes(gradient, 1, 2).astype(array.dtype))
+    if "slopes" in names:
+        total = -functools.reduce(jnp.add, d_slopes).sum((2, 3, 4))
+        gradients.append(jnp.sum(total, 0, keepdims=True) if x.slopes.shape[0] == 1 else total)
+    if "sink" in names:
+        sink = jnp.swapaxes(x.sink, 1, 2)
+        gradient = -jnp.exp(sink - lse) * delta
+        axes = tuple(i for i, size in enumerate(sink.shape) if size < gradient.shape[i])
+        gradients.append(jnp.swapaxes(jnp.sum(gradient, axes, keepdims=True), 1, 2))
+    return tuple(gradients)
+
+
+def _call(
+    call: Scores,
+    x: Inputs,
+    tiling: Tiling,
+    grid: Grid,
+    operands: Operands,
+    span: tuple[int, int],
+    dtypes: Sequence[Any],
+    slopes: bool,
+) -> Any:
+    """Makes the kernel for a span of tiles of queries."""
+    batch, _, heads, features = x.query.shape
+    width = x.value.shape[3]
+    queries, keys = (span[1] - span[0]) * tiling.columns, tiling.row_tiles * tiling.rows
+    kv_heads = x.key.shape[2]
+    rows = schedule(x.mask, grid, True, None if queries >= grid.queries else span)
+    branches = tiles.branches(rows, operands.mask is not None)
+    window, rows = tiles.windows(rows, heads)
+    transposed = _transposed_sums(tiling)
+    dtype = jnp.float32 if x.query.dtype == jnp.float16 else x.query.dtype
+
+    def sums(features: int) -> Any:
+        shape = (features, tiling.rows) if transposed else (tiling.rows, features)
+        return pltpu.VMEM(shape, jnp.float32)
+
+    scratch = {
+        "query": pltpu.VMEM((2, tiling.width, features), dtype),
+        "d_out": pltpu.VMEM((2, tiling.width, width), dtype),
+        "semaphores": pltpu.SemaphoreType.DMA((2,)),
+        "d_key": sums(features),
+        "d_value": sums(width),
+        "operands": operands.scratch,
+    }
+    if transposed:
+        scratch["key_t"] = pltpu.VMEM((features, tiling.rows), dtype)
+        scratch["query_t"] = pltpu.VMEM((features, tiling.width), dtype)
+        scratch["d_out_t"] = pltpu.VMEM((width, tiling.width), dtype)
+    group = heads // kv_heads
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    d_query = (features, queries) if transposed else (queries, features)
+    kernel = pl.pallas_call(
+        functools.partial(_kernel, call, tiling, operands, branches, transposed, span[0], slopes),
+        name="tiled_backward",
+        grid=(batch, heads, tiling.row_tiles),
+        in_specs=[
+            window,
+            operands.specs,
+            pl.BlockSpec(
+                (None, None, tiling.rows, features), lambda b, n, i: (b, n // group, i, 0)
+            ),
+            pl.BlockSpec((None, None, tiling.rows, width), lambda b, n, i: (b, n // group, i, 0)),
+            hbm,
+            hbm,
+        ],
+        out_specs=[
+            pl.BlockSpec((None, None, *d_query), lambda b, n, i: (b, n, 0, 0)),
+            pl.BlockSpec((None, None, tiling.rows, features), lambda b, n, i: (b, n, i, 0)),
+            pl.BlockSpec((None, None, tiling.rows, width), lambda b, n, i: (b, n, i, 0)),
+            pl.BlockSpec(
+                (None, None, None, 1, tiling.column_part), lambda b, n, i: (b, n, i, 0, 0)
+            ),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, *d_query), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, keys, features), dtypes[0]),
+            jax.ShapeDtypeStruct((batch, heads, keys, width), dtypes[1]),
+            jax.ShapeDtypeStruct(
+                (batch, heads, tiling.row_tiles, 1, tiling.column_part), jnp.float32
+            ),
+        ],
+        scratch_shapes=[scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=tiles.VMEM_BYTES,
+        ),
+    )
+
+    def run(*args: Any) -> tuple[Array, ...]:
+        d_query, *others = kernel(rows, *args)
+        return jnp.swapaxes(d_query, 2, 3) if transposed else d_query, *others
+
+    return run
+
+
+def _kernel(
+    call: Scores,
+    tiling: Tiling,
+    operands: Operands,
+    branches: tuple[bool, bool],
+    transposed: bool,
+    first_tile: int,
+    slopes: bool,
+    schedule: Any,
+    refs: dict[str, Any],
+    key: Any,
+    value: Any,
+    query: Any,
+    d_out: Any,
+    d_query: Any,
+    d_key: Any,
+    d_value: Any,
+    d_slopes: Any,
+    scratch: dict[str, Any],
+) -> None:
+    """Adds what one tile of keys gives to all gradients.
+
+    Sums are kept [features, tokens] if `transposed`, else [tokens, features].
+    """
+    b, n = pl.program_id(0), pl.program_id(1)
+    options, exact = call.options, query.dtype == jnp.float32
+    operands = operands.bound(refs, scratch["operands"])
+    pl.when(pl.program_id(2) == 0)(lambda: d_query.__setitem__(..., jnp.zeros_like(d_query)))
+    for sums in (scratch["d_key"], scratch["d_value"], d_slopes):
+        sums[...] = jnp.zeros_like(sums)
+    if transposed:
+        scratch["key_t"][...] = key[...].T
+
+    def gradients(
+        slot: Array, numbers: Sequence[Array], masked: bool, row: int, start: int
+    ) -> tuple[Array, Array]:
+        """Returns weights and the gradient of products for a part of a tile."""
+        here = operands.values(slot, row, start, masked)
+        rows, columns = pl.ds(row, tiling.row_part), pl.ds(start, tiling.column_part)
+        key_numbers, query_numbers = tiles.positions(numbers, tiling, row, start)
+        products = dot(key[rows], scratch["query"][slot, columns], 1, 1)
+        scores, slope = call.held(products, here, query_numbers, key_numbers)
+        d_weights = dot(value[rows], scratch["d_out"][slot, columns], 1, 1)
+        if options.normalise:
+            d_weights -= here["delta"]
+        if options.weights == "softmax":
+            held = scores if call.factor == 1 else scores * call.factor
+            weights = jnp.exp2(held - here["lse"])
+            d_scores = weights * d_weights
+        else:
+            weights = call.weights(scores, exact)
+            d_scores = call.derivative(scores, weights, exact) * d_weights
+            if options.normalise:
+                weights, d_scores = weights * here["lse"], d_scores * here["lse"]
+        if slopes:
+            moved = d_scores * distance(here, query_numbers, key_numbers)
+            d_slopes[...] += jnp.sum(moved, axis=0, keepdims=True)
+        return weights.astype(query.dtype), (d_scores * slope).astype(query.dtype)
+
+    def add(
+        slot: Array, numbers: Sequence[Array], row: int, start: int, parts: tuple[Array, Array]
+    ) -> None:
+        """Adds a part of a tile to the sums."""
+        weights, d_products = parts
+        rows, columns = pl.ds(row, tiling.row_part), pl.ds(start, tiling.column_part)
+        if transposed:
+            at = pl.multiple_of((numbers[0] - first_tile) * tiling.columns + start, LANES)
+            scratch["d_value"][:, rows] += dot(scratch["d_out_t"][:, columns], weights, 1, 1)
+            scratch["d_key"][:, rows] += dot(scratch["query_t"][:, columns], d_products, 1, 1)
+            at = pl.ds(at, tiling.column_part)
+            d_query[:, at] += dot(scratch["key_t"][:, rows], d_products, 1, 0)
+            return
+        scratch["d_value"][rows] += dot(weights, scratch["d_out"][slot, columns], 1, 0)
+        scratch["d_key"][rows] += dot(d_products, scratch["query"][slot, columns], 1, 0)
+        product = dot(d_products, key[rows], 0, 0)
+        size = min(tiling.columns, tiling.column_part)
+        for begin in range(0, tiling.column_part, size):
+            piece, inside = divmod(start + begin, tiling.columns)
+            # A piece beyond the end has only zeros to add.
+            number = jnp.minimum(numbers[piece], tiling.column_tiles - 1) - first_tile
+            at = pl.multiple_of(number * tiling.columns + inside, size)
+            d_query[pl.ds(at, size)] += product[begin : begin + size]
+
+    def compute(slot: Array, numbers: Sequence[Array], masked: bool) -> None:
+        if transposed:
+            scratch["query_t"][...] = scratch["query"][slot].T
+            scratch["d_out_t"][...] = scratch["d_out"][slot].T
+        # A part's scores are computed before the sums of the part before it: they overlap.
+        before = None
+        for row, start in parts(tiling):
+            now = row, start, gradients(slot, numbers, masked, row, start)
+            if before is not None:
+                add(slot, numbers, *before)
+            before = now
+            if not transposed:
+                add(slot, numbers, *before)
+                before = None
+        if before is not None:
+            add(slot, numbers, *before)
+
+    head = (b, n)
+    buffers = ((query.at[head], scratch["query"]), (d_out.at[head], scratch["d_out"]))
+    semaphores = scratch["semaphores"]
+    tiles.visit(schedule, tiling, buffers, operands.copies, semaphores, compute, branches)
+    for sums, out, factor in (
+        (scratch["d_key"], d_key, options.scale),
+        (scratch["d_value"], d_value, 1),
+    ):
+        total = sums[...].T if transposed else sums[...]
+        out[...] = (total * factor if factor != 1 else total).astype(out.dtype)
+
+
+def _tiling(x: Inputs) -> tuple[Tiling, Grid]:
+    """Chooses the tiles of the backward."""
+    queries, heads = x.query.shape[1:3]
+    keys = x.key.shape[1]
+    lists, _ = split(x.mask)
+    if lists:
+        rows, columns, pieces, column_part = tiles.listed(lists[0], transposed=True)
+        row_part = rows
+    else:
+        most, (row_part, column_part) = 1024, (256, 512) if tiles.generation() >= 6 else (512, 512)
+        rows = tiles.even(keys, most if not tiles.has_scores(x) else 512)
+        columns, pieces = max(tiles.even(queries, most), LANES), 1
+        row_part = next(size for size in (row_part, 256, LANES, rows) if rows % size == 0)
+        column_part = next(size for size in (column_part, 256, LANES) if columns % size == 0)
+    grid = Grid(queries, keys, columns, rows)
+    counts = (-(-keys // rows), -(-queries // columns))
+    return Tiling(rows, counts[0], columns, counts[1], pieces, row_part, column_part, heads), grid
+
+
+def _transposed_sums(tiling: Tiling) -> bool:
+    """Returns whether sums are kept [features, tokens].
+
+    The matrix units of v6e are 256 wide, which 128 features do not fill, but tokens do. A piece of
+    fewer tokens than lanes cannot be added to such sums.
+    """
+    return tiles.generation() >= 6 and tiling.columns % LANES == 0
