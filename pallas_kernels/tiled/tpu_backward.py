@@ -296,11 +296,11 @@ def _tiling(x: Inputs) -> tuple[Tiling, Grid]:
         rows, columns, pieces, column_part = tiles.listed(lists[0], transposed=True)
         row_part = rows
     else:
-        most, (row_part, column_part) = 1024, (256, 512) if tiles.generation() >= 6 else (512, 512)
+        most, (row_part, column_part) = 1024, (256, 512) if tiles.generation() >= 6 else (512, 1024)
         rows = tiles.even(keys, most if not tiles.has_scores(x) else 512)
         columns, pieces = max(tiles.even(queries, most), LANES), 1
-        row_part = next(size for size in (row_part, 256, LANES, rows) if rows % size == 0)
-        column_part = next(size for size in (column_part, 256, LANES) if columns % size == 0)
+        row_part = next(s for s in (row_part, 256, LANES, rows) if rows % s == 0)
+        column_part = next(s for s in (column_part, 512, 256, LANES) if columns % s == 0)
     grid = Grid(queries, keys, columns, rows)
     counts = (-(-keys // rows), -(-queries // columns))
     return Tiling(rows, counts[0], columns, counts[1], pieces, row_part, column_part, heads), grid
@@ -309,7 +309,7 @@ def _tiling(x: Inputs) -> tuple[Tiling, Grid]:
 def _transposed_sums(tiling: Tiling) -> bool:
     """Returns whether sums are kept [features, tokens].
 
-    The matrix units of v6e are 256 wide, which 128 features do not fill, but tokens do. A piece of
-    fewer tokens than lanes cannot be added to such sums.
+    The matrix units of v6e are 256 wide, which 128 features do not fill, but tokens do. Gathered
+    pieces are short, and do not start at a multiple of 128 lanes.
     """
-    return tiles.generation() >= 6 and tiling.columns % LANES == 0
+    return tiles.generation() >= 6 and tiling.pieces == 1 and tiling.columns % LANES == 0
