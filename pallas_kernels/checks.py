@@ -4,7 +4,14 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def check_arrays(query: Array, key: Array, value: Array, *, same_tokens: bool = False) -> None:
+def check_arrays(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    same_tokens: bool = False,
+    separate_value_heads: bool = False,
+) -> None:
     """Checks that query [B, T, N, H], key [B, S, K, H] and value [B, S, K, V] fit together.
 
     Args:
@@ -12,6 +19,7 @@ def check_arrays(query: Array, key: Array, value: Array, *, same_tokens: bool = 
       key: the keys.
       value: the values.
       same_tokens: whether S must be T.
+      separate_value_heads: whether value may have another number of heads than key.
 
     Raises:
       TypeError: an array is not of floating point.
@@ -39,12 +47,14 @@ def check_arrays(query: Array, key: Array, value: Array, *, same_tokens: bool = 
             f"key: shape {key.shape} must have the {query.shape[1]} tokens of query: attention "
             "over a memory is self-attention"
         )
-    if value.shape[:3] != key.shape[:3]:
+    shared = 2 if separate_value_heads else 3
+    if value.shape[:shared] != key.shape[:shared]:
         raise ValueError(
-            f"value: shape {value.shape} must start with {key.shape[:3]}, as key {key.shape}"
+            f"value: shape {value.shape} must start with {key.shape[:shared]}, as key {key.shape}"
         )
-    if heads % key.shape[2]:
-        raise ValueError(
-            f"key: {key.shape[2]} heads do not divide the {heads} heads of query; num_heads must "
-            "be a multiple of num_kv_heads"
-        )
+    for name, array in (("key", key), ("value", value)):
+        if heads % array.shape[2]:
+            raise ValueError(
+                f"{name}: {array.shape[2]} heads do not divide the {heads} heads of query; "
+                "num_heads must be a multiple of num_kv_heads"
+            )

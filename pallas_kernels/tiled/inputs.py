@@ -3,11 +3,20 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.masks import Bound, Mask
 from pallas_kernels.partition import Axes
+
+WEIGHTS = {
+    "softmax": jnp.exp,
+    "sigmoid": jax.nn.sigmoid,
+    "softplus": jax.nn.softplus,
+    "relu": jax.nn.relu,
+}
+"""Weight of a pair by its score; a pair that is masked has the score -inf and the weight 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +25,14 @@ class Options:
 
     scale: float
     logits_soft_cap: float | None
+    weights: str
+    """Name in `WEIGHTS`."""
+    normalise: bool
+    """Whether weights are divided by their row sum. If not, the log-sum-exp is 0: a sum of 1."""
+    logit_bias: float
+    """Is added to every score."""
+    bounded: bool
+    """Whether exp(score) of a softmax, with no maximum subtracted, is safe in float32."""
     axes: Axes
     tile_q: int | None
     tile_k: int | None
@@ -24,8 +41,8 @@ class Options:
 class Inputs(NamedTuple):
     """The arrays of a call, checked; every one has a batch dimension, which may be 1 after `value`.
 
-    Under `jax.vmap` the batch of `bias`, `slopes` and `sink` may be 1 in the forward and whole in
-    the backward, see `partition`.
+    Under `jax.vmap` the batch of `bias`, `slopes`, `table` and `sink` may be 1 in the forward and
+    whole in the backward, see `partition`.
     """
 
     query: Float[Array, "B T N H"]
@@ -33,7 +50,9 @@ class Inputs(NamedTuple):
     value: Float[Array, "B S K V"]
     bias: Float[Array, "B|1 N|1 T|1 S|1"] | None
     slopes: Float[Array, "B|1 N"] | None
-    sink: Float[Array, "B|1 N"] | None
+    table: Float[Array, "B|1 N|1 2*R+1"] | None
+    """Bias by the distance key - (query + offset), clipped to -R .. R."""
+    sink: Float[Array, "B|1 N T|1"] | None
     offset: Int[Array, "B|1"] | None
     mask: Mask | None
 
@@ -44,16 +63,19 @@ class Inputs(NamedTuple):
             "btnh",
             "bsnh",
             "bsnv",
-            None if self.bias is None else self._bias_dims(),
+            None if self.bias is None else _leading_dims(self.bias) + "ts",
             None if self.slopes is None else "+n",
-            None if self.sink is None else "+n",
+            None if self.table is None else _leading_dims(self.table) + "r",
+            None if self.sink is None else _leading_dims(self.sink) + "t",
             None if self.offset is None else "1",
             None if self.mask is None else self.mask.dims(),
         )
 
-    def _bias_dims(self) -> str:
-        batch, heads = self.bias.shape[:2]
-        return ("+" if batch == 1 else "b") + ("+" if heads == 1 else "n") + "ts"
+
+def _leading_dims(array: Array) -> str:
+    return "".join(
+        "+" if size == 1 else letter for letter, size in zip("bn", array.shape, strict=False)
+    )
 
 
 def without_hidden(inputs: Inputs) -> Inputs:

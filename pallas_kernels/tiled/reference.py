@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.masks import Tile
-from pallas_kernels.tiled.inputs import Inputs, Options, without_hidden
+from pallas_kernels.tiled.inputs import WEIGHTS, Inputs, Options, without_hidden
 
 
 def supports(**call: object) -> str | None:
@@ -31,26 +31,39 @@ def forward(
         scores = options.logits_soft_cap * jnp.tanh(scores / options.logits_soft_cap)
     if x.bias is not None:
         scores += x.bias
-    if x.slopes is not None:
+    scores += options.logit_bias
+    if x.offset is not None:
         positions = jnp.arange(queries)[:, None] + jnp.reshape(x.offset, (-1, 1, 1, 1))
-        distance = jnp.abs(positions - jnp.arange(keys)).astype(dtype)
-        scores -= x.slopes[:, :, None, None] * distance
+        distance = jnp.arange(keys) - positions
+    if x.slopes is not None:
+        scores -= x.slopes[:, :, None, None] * jnp.abs(distance).astype(dtype)
+    if x.table is not None:
+        reach = x.table.shape[-1] // 2
+        entries = jnp.clip(distance, -reach, reach) + reach
+        scores += jnp.take_along_axis(x.table[:, :, None], entries, axis=-1)
     if x.mask is not None:
         allowed = x.mask.prepared(queries, keys).tile(Tile(0, queries, 0, keys))
         if allowed.shape[1] not in (1, heads):
             allowed = jnp.repeat(allowed, heads // allowed.shape[1], axis=1)
         scores = jnp.where(allowed, scores, -jnp.inf)
 
-    maximum = jnp.max(scores, axis=-1)
+    weigh = WEIGHTS[options.weights]
+    if not options.normalise:
+        out = jnp.einsum("bnts,bsnv->btnv", weigh(scores), value)
+        return out.astype(x.query.dtype), jnp.zeros(x.query.shape[:3], dtype)
+
+    # Weights are made as multiples of exp(maximum), so that neither they nor the sink overflow.
+    softmax = options.weights == "softmax"
+    maximum = jnp.max(scores, axis=-1) if softmax else jnp.zeros(scores.shape[:-1], dtype)
     if x.sink is not None:
-        maximum = jnp.maximum(maximum, x.sink[:, :, None])
-    maximum = jax.lax.stop_gradient(jnp.where(jnp.isneginf(maximum), 0, maximum))
-    weights = jnp.exp(scores - maximum[..., None])
-    total = jnp.sum(weights, axis=-1)
+        maximum = jnp.maximum(maximum, x.sink)
+    maximum = jax.lax.stop_gradient(jnp.where(jnp.isneginf(maximum), 0, maximum))[..., None]
+    weights = weigh(scores - maximum) if softmax else weigh(scores) * jnp.exp(-maximum)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
     if x.sink is not None:
-        total += jnp.exp(x.sink[:, :, None] - maximum)
-    empty = total == 0
+        total += jnp.exp(x.sink[..., None] - maximum)
+    empty = total < jnp.finfo(dtype).tiny
     total = jnp.where(empty, 1, total)
-    out = jnp.einsum("bnts,bsnv->btnv", weights / total[..., None], value)
+    out = jnp.einsum("bnts,bsnv->btnv", jnp.where(empty, 0, weights / total), value)
     lse = jnp.where(empty, -jnp.inf, maximum + jnp.log(total))
-    return out.astype(x.query.dtype), jnp.swapaxes(lse, 1, 2)
+    return out.astype(x.query.dtype), jnp.swapaxes(lse[..., 0], 1, 2)

@@ -23,10 +23,17 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Bound, Tile
-from pallas_kernels.tiled.inputs import Inputs, Options, zero_outside
+from pallas_kernels.tiled.inputs import WEIGHTS, Inputs, Options, zero_outside
 
 TILE_SCORES = 2**21
 """Scores in a tile, over batch and heads. On CPU, more of them leave its caches."""
+
+DERIVATIVES = {
+    "sigmoid": lambda scores, weights: weights * (1 - weights),
+    "softplus": lambda scores, weights: jax.nn.sigmoid(scores),
+    "relu": lambda scores, weights: (scores > 0).astype(weights.dtype),
+}
+"""Derivatives of the weights by the scores; softmax has its own way."""
 
 
 def supports(**call: object) -> str | None:
@@ -37,7 +44,7 @@ def supports(**call: object) -> str | None:
 def forward(
     options: Options, *inputs: Array
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
-    """Returns the output and the log-sum-exp, by an online softmax over tiles of keys."""
+    """Returns the output and the log-sum-exp, by sums over tiles of keys: online for a softmax."""
     call = _Call.of(options, Inputs(*inputs))
     x, dtype = call.x, call.dtype
     batch, queries, heads, _ = x.query.shape
@@ -50,35 +57,44 @@ def forward(
         row = call.row(i)
         query_tile = _cut(query, -1, row, call.rows)
 
-        def key_tile(j: Bound, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def key_tile(j: Bound, carry: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
             maximum, total, sums = carry
             column = call.column(j)
             tile = Tile(row, call.rows, column, call.columns)
             scores, _ = call.scores(query_tile, call.key(column), tile)
             scores = call.masked(scores, tile, j * call.columns)
-            new_maximum = jnp.maximum(maximum, scores.max(axis=2))
-            finite = jnp.where(jnp.isneginf(new_maximum), 0, new_maximum)
-            weights = jnp.exp(scores - finite[:, :, None])
-            decay = jnp.exp(maximum - finite)
+            if maximum is None:
+                weights = WEIGHTS[options.weights](scores)
+            else:
+                new_maximum = jnp.maximum(maximum, scores.max(axis=2))
+                finite = jnp.where(jnp.isneginf(new_maximum), 0, new_maximum)
+                weights = jnp.exp(scores - finite[:, :, None])
+                decay = jnp.exp(maximum - finite)
+                maximum, total, sums = new_maximum, total * decay, sums * decay[:, :, None]
             product = call.product("bskv,bksgq->bkvgq", call.value(column), weights)
-            return (
-                new_maximum,
-                total * decay + weights.sum(axis=2),
-                sums * decay[:, :, None] + product,
-            )
+            total = None if total is None else total + weights.sum(axis=2)
+            return maximum, total, sums + product
 
-        # The sink is a key with a value of zero, seen by every query before all others.
         shape = (batch, kv_heads, group, call.rows)
-        if x.sink is None:
-            maximum, total = _full(x.query, shape, -jnp.inf, dtype), _full(x.query, shape, 0, dtype)
-        else:
-            maximum, total = call.sink_logits(shape), _full(x.query, shape, 1, dtype)
+        maximum = _full(x.query, shape, -jnp.inf, dtype) if call.online else None
+        total = _full(x.query, shape, 0, dtype) if options.normalise else None
+        if call.online and x.sink is not None:
+            # The sink is a key with a value of zero, seen by every query before all others.
+            maximum, total = call.sink_logits(row, shape), total + 1
         sums = _full(x.query, (batch, kv_heads, width, group, call.rows), 0, dtype)
-        bounds = call.key_tiles(row)
-        maximum, total, sums = _loop(bounds, key_tile, (maximum, total, sums))
-        seen = total != 0  # a NaN stays one
-        out_tile = jnp.where(seen[:, :, None], sums / jnp.where(seen, total, 1)[:, :, None], 0)
-        lse_tile = jnp.where(seen, maximum + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
+        maximum, total, sums = _loop(call.key_tiles(row), key_tile, (maximum, total, sums))
+        if not options.normalise:
+            return _put(out, sums.astype(out.dtype), -1, row), lse
+        if not call.online and x.sink is not None:
+            sink = call.sink_logits(row, shape)
+            maximum = jnp.maximum(sink, 0)
+            decay = jnp.exp(-maximum)
+            total, sums = total * decay + jnp.exp(sink - maximum), sums * decay[:, :, None]
+        seen = ~(total < jnp.finfo(dtype).tiny)  # a NaN stays one
+        total = jnp.where(seen, total, 1)
+        log_total = jnp.log(total) if maximum is None else maximum + jnp.log(total)
+        out_tile = jnp.where(seen[:, :, None], sums / total[:, :, None], 0)
+        lse_tile = jnp.where(seen, log_total, -jnp.inf)
         return _put(out, out_tile.astype(out.dtype), -1, row), _put(lse, lse_tile, -1, row)
 
     out = _full(x.query, (batch, kv_heads, width, group, queries), 0, x.query.dtype)
@@ -92,8 +108,8 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
 
     Args:
       options: static part of the call.
-      names: of the inputs whose gradients are returned: query, key, value, then any of bias, slopes
-        and sink.
+      names: of the inputs whose gradients are returned: query, key, value, then any of bias,
+        slopes, table and sink; or value alone.
       *args: the inputs, then output, log-sum-exp, and the cotangents of both.
     """
     *inputs, out, lse, d_out, d_lse = args
@@ -103,7 +119,8 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     keys, kv_heads, width = x.value.shape[1:]
     group = heads // kv_heads
 
-    # dS = P (dP - delta). A row without keys has P = 0, whatever its cotangents are.
+    # With weights w(S) and P = w / Z, dS = w'(S) / Z (dP - delta), for a softmax P (dP - delta);
+    # as they are, dS = w'(S) dP. Of a row whose sum is 0, all is 0, whatever its cotangents are.
     hidden = jnp.isneginf(lse)
     d_out = jnp.where(hidden[..., None], 0, d_out)
     delta = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_lse
@@ -111,7 +128,8 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     lse = jnp.where(hidden, jnp.inf, lse)
     d_sink = None
     if "sink" in names:
-        d_sink = _unbroadcast(-jnp.exp(x.sink[:, None] - lse) * delta, x.sink[:, None].shape)[:, 0]
+        sink = jnp.swapaxes(x.sink, 1, 2)
+        d_sink = jnp.swapaxes(_unbroadcast(-jnp.exp(sink - lse) * delta, sink.shape), 1, 2)
     query, d_out = call.by_feature(x.query), call.by_feature(d_out)
     lse, delta = (
         jnp.moveaxis(y, 1, 2).reshape(batch, kv_heads, group, queries) for y in (lse, delta)
@@ -130,11 +148,15 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
             )
             scores, slope = call.scores(query_tile, key, tile)
             scores = call.masked(scores, tile, j * call.columns, i * call.rows)
-            weights = jnp.exp(scores - lse_tile[:, :, None])
+            weights, derivative = call.weights(scores, lse_tile)
             d_value += call.product("bksgq,bkvgq->bksv", weights, d_out_tile)
+            if "query" not in names:
+                return gradients, d_key, d_value
             d_weights = call.product("bskv,bkvgq->bksgq", value, d_out_tile)
-            d_scores = weights * (d_weights - delta_tile[:, :, None])
-            d_bias, d_slopes = gradients.bias, gradients.slopes
+            if options.normalise:
+                d_weights -= delta_tile[:, :, None]
+            d_scores = derivative * d_weights
+            d_bias, d_slopes, d_table = gradients.bias, gradients.slopes, gradients.table
             if d_bias is not None:
                 d_bias = _add_tile(d_bias, call.ungrouped(d_scores), tile)
             if d_slopes is not None:
@@ -142,11 +164,15 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
                     jnp.sum(d_scores * call.distance(tile), axis=(2, 4)).reshape(batch, heads),
                     d_slopes.shape,
                 )
+            if d_table is not None:
+                d_table = call.add_to_table(d_table, call.ungrouped(d_scores), tile)
             d_products = d_scores * (options.scale * slope)
             d_key += call.product("bksgq,bkhgq->bksh", d_products, query_tile)
             d_query = call.product("bskh,bksgq->bkhgq", key, d_products)
             d_query = _add(gradients.query, d_query, -1, row)
-            gradients = gradients._replace(query=d_query, bias=d_bias, slopes=d_slopes)
+            gradients = gradients._replace(
+                query=d_query, bias=d_bias, slopes=d_slopes, table=d_table
+            )
             return gradients, d_key, d_value
 
         d_key = _full(x.query, (batch, kv_heads, call.columns, features), 0, dtype)
@@ -164,15 +190,12 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
         value=_full(x.query, x.value.shape, 0, x.value.dtype),
         bias=_full(x.query, x.bias.shape, 0, dtype) if "bias" in names else None,
         slopes=_full(x.query, x.slopes.shape, 0, dtype) if "slopes" in names else None,
+        table=_full(x.query, x.table.shape, 0, dtype) if "table" in names else None,
     )
     gradients = _loop((0, -(-keys // call.columns)), key_tile, gradients)
-    optional = (gradients.bias, gradients.slopes, d_sink)
-    return (
-        call.by_token(gradients.query).astype(x.query.dtype),
-        gradients.key,
-        gradients.value,
-        *(gradient for gradient in optional if gradient is not None),
-    )
+    query = call.by_token(gradients.query).astype(x.query.dtype)
+    results = gradients._replace(query=query)._asdict() | {"sink": d_sink}
+    return tuple(results[name] for name in names)
 
 
 class _Gradients(NamedTuple):
@@ -183,6 +206,7 @@ class _Gradients(NamedTuple):
     value: Float[Array, "B S K V"]
     bias: Array | None
     slopes: Array | None
+    table: Array | None
 
 
 class _Call(NamedTuple):
@@ -208,6 +232,13 @@ class _Call(NamedTuple):
             x = x._replace(query=query)
         dtype = jnp.promote_types(x.query.dtype, jnp.float32)
         return cls(options, x, rows, columns, dtype, key_range)
+
+    @property
+    def online(self) -> bool:
+        """Whether weights are relative to the maximum of the row so far."""
+        # Products are in the precision of the query, and the bound is one for float32 and bfloat16.
+        bounded = self.options.bounded and self.x.query.dtype != jnp.float16
+        return self.options.weights == "softmax" and not bounded
 
     def row(self, i: Bound) -> Bound:
         return _minimum(i * self.rows, self.x.query.shape[1] - self.rows)
@@ -254,7 +285,25 @@ class _Call(NamedTuple):
         if self.x.slopes is not None:
             slopes = self.x.slopes[:, :, None, None].astype(self.dtype)
             scores -= self.grouped(slopes) * self.distance(tile)
+        if self.x.table is not None:
+            entries = self.table_entries(tile)[:, None]
+            entries = jnp.take_along_axis(self.x.table, entries, axis=-1).astype(self.dtype)
+            scores += self.grouped(_by_diagonal(entries, tile.rows, tile.columns))
+        if self.options.logit_bias:
+            scores += self.options.logit_bias
         return scores, slope
+
+    def weights(self, scores: Array, lse: Array) -> tuple[Array, Array]:
+        """Returns the weights of a tile and their derivatives by the scores at fixed row sums."""
+        if self.options.weights == "softmax":
+            weights = jnp.exp(scores - lse[:, :, None])
+            return weights, weights
+        weights = WEIGHTS[self.options.weights](scores)
+        derivative = DERIVATIVES[self.options.weights](scores, weights)
+        if not self.options.normalise:
+            return weights, derivative
+        inverse = jnp.exp(-lse)[:, :, None]
+        return weights * inverse, derivative * inverse
 
     def masked(
         self, scores: Array, tile: Tile, first_key: Bound, first_query: Bound | None = None
@@ -282,9 +331,28 @@ class _Call(NamedTuple):
         distance = jnp.abs(tile.queries + offset - tile.keys)
         return self.grouped(distance.astype(self.dtype))
 
-    def sink_logits(self, shape: Sequence[int]) -> Array:
+    def table_entries(self, tile: Tile) -> Array:
+        """Returns, for every diagonal of a tile from the lower left on, its place in the table."""
+        reach = self.x.table.shape[-1] // 2
+        first = tile.column - (tile.row + tile.rows - 1)
+        distance = first + jnp.arange(tile.rows + tile.columns - 1) - self.x.offset[:, None]
+        return jnp.clip(distance, -reach, reach) + reach
+
+    def add_to_table(self, table: Array, tile_gradient: Array, tile: Tile) -> Array:
+        """Returns the gradient of the table with that of the scores of a tile, [B, N, ...]."""
+        entries = self.table_entries(tile)
+        heads = table.shape[1]
+        batch = max(table.shape[0], entries.shape[0])
+        sums = _sum_diagonals(_unbroadcast(tile_gradient, (batch, heads, *tile_gradient.shape[2:])))
+        row = jnp.arange(batch)[:, None] % table.shape[0]
+        return table.at[row, :, entries].add(jnp.swapaxes(sums, 1, 2))
+
+    def sink_logits(self, row: Bound, shape: Sequence[int]) -> Array:
+        """Returns the sinks of a tile of queries in a shape [B, K, G, queries]."""
         sink = self.x.sink.astype(self.dtype)
-        return jnp.broadcast_to(sink.reshape(-1, *shape[1:3], 1), shape)
+        if sink.shape[2] > 1:
+            sink = _cut(sink, 2, row, self.rows)
+        return jnp.broadcast_to(sink.reshape(-1, *shape[1:3], sink.shape[2]), shape)
 
     def grouped(self, tile: Array) -> Array:
         """Returns a tile [B, heads, queries, keys] in the layout of scores."""
@@ -378,3 +446,26 @@ def _unbroadcast(array: Array, shape: Sequence[int]) -> Array:
     """Sums an array over the dimensions in which `shape` has 1."""
     axes = tuple(i for i, size in enumerate(shape) if size == 1 < array.shape[i])
     return jnp.sum(array, axes, keepdims=True) if axes else array
+
+
+def _by_diagonal(values: Array, rows: int, columns: int) -> Array:
+    """Returns [..., rows, columns] with one value, of [..., rows + columns - 1], a diagonal.
+
+    Element (i, j) is values[j - i + rows - 1]. Rows of the values and one more number, end to end,
+    cut into rows without the one, are each shifted by one against the row before: no gather.
+    """
+    *lead, length = values.shape
+    values = jnp.pad(values, (*((0, 0) for _ in lead), (0, 1)))
+    values = jnp.broadcast_to(values[..., None, :], (*lead, rows, length + 1))
+    values = values.reshape(*lead, -1)[..., : rows * length].reshape(*lead, rows, length)
+    return values[..., rows - 1 :]
+
+
+def _sum_diagonals(array: Array) -> Array:
+    """Returns the sums over the diagonals of [..., rows, columns]: transposes `_by_diagonal`."""
+    *lead, rows, columns = array.shape
+    length = rows + columns - 1
+    none = ((0, 0),) * len(lead)
+    array = jnp.pad(array, (*none, (0, 0), (rows - 1, 0))).reshape(*lead, rows * length)
+    array = jnp.pad(array, (*none, (0, rows))).reshape(*lead, rows, length + 1)
+    return array.sum(axis=-2)[..., :length]
