@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attention.cache.kv_cache import KVCache, init_kv_cache
 from attention.catalogue import Mechanism
+from attention.dense.arguments import appended, batched, joined_mask
 from pallas_kernels import masks
 from pallas_kernels.tiled import tiled_attention
 
@@ -93,31 +94,19 @@ def softmax_attention(
       >>> out.shape
       (2, 16, 4, 8)
     """
-    query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    unbatched = query.ndim == 3
-    query, key, value = (x[None] if x.ndim == 3 else x for x in (query, key, value))
-    for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise ValueError(f"{name}: dtype {x.dtype} must be query's, {query.dtype}")
+    unbatched = jnp.ndim(query) == 3
+    query, key, value = batched(query, key, value)
     offset = masks.as_bound(query_offset, "query_offset")
-    batch = query.shape[0]
-    lengths = [
-        None if length is None else _checked_lengths(length, name, batch)
-        for name, length in (
-            ("query_seq_lengths", query_seq_lengths),
-            ("key_value_seq_lengths", key_value_seq_lengths),
-        )
-    ]
-    parts = [] if mask is None else [mask if isinstance(mask, masks.Mask) else masks.dense(mask)]
-    if is_causal:
-        parts.append(masks.causal(offset))
-    if local_window_size is not None:
-        parts.append(masks.window(*_checked_window(local_window_size), offset))
-    if any(length is not None for length in lengths):
-        parts.append(masks.lengths(*lengths))
-    if segment_ids is not None:
-        ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
-        parts.append(masks.segments(*ids))
+    mask = joined_mask(
+        query.shape[0],
+        mask,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        segment_ids=segment_ids,
+        query_offset=offset,
+    )
     out, lse = tiled_attention(
         query,
         key,
@@ -127,7 +116,7 @@ def softmax_attention(
         bias=bias,
         alibi_slopes=alibi_slopes,
         sink=sink,
-        mask=masks.all_of(parts),
+        mask=mask,
         query_offset=offset,
         return_lse=True,
         implementation=implementation,
@@ -192,16 +181,12 @@ def softmax_attention_step(
       >>> out.shape, int(state.length)
       ((1, 3, 4, 8), 3)
     """
-    query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    if query.ndim == 4 and key.ndim == 4 and query.shape[1] != key.shape[1]:
-        raise ValueError(f"key: {key.shape[1]} tokens must be as many as query's {query.shape[1]}")
-    if segment_ids is not None and not isinstance(segment_ids, tuple):
-        raise TypeError("segment_ids: must be a pair (ids of queries, ids of the cache) in a step")
-    offset, state = state.length, state.append(key, value)
+    offset = state.length
+    query, key, value, state = appended(state, query, key, value, segment_ids)
     out = softmax_attention(
         query,
-        state.key.astype(query.dtype),
-        state.value.astype(query.dtype),
+        key,
+        value,
         bias,
         mask,
         scale=scale,
@@ -240,26 +225,6 @@ def init_softmax_attention_state(
     """
     del num_heads
     return init_kv_cache(batch, max_length, num_kv_heads, head_dim, value_dim, dtype)
-
-
-def _checked_lengths(value: ArrayLike, name: str, batch: int) -> masks.Bound:
-    value = masks.as_bound(value, name)
-    if isinstance(value, int) or value.shape != (batch,):
-        raise ValueError(f"{name}: must be int32[B] with B = {batch}; got {jnp.shape(value)}")
-    return value
-
-
-def _checked_window(value: int | tuple[int, int]) -> tuple[int, int]:
-    sides = (value, value) if isinstance(value, int) else value
-    if (
-        not isinstance(sides, tuple | list)
-        or len(sides) != 2
-        or not all(isinstance(side, int) and side >= 0 for side in sides)
-    ):
-        raise ValueError(
-            f"local_window_size: must be a number of keys or a pair (left, right); got {value!r}"
-        )
-    return tuple(sides)
 
 
 RECORD = Mechanism(

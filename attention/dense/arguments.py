@@ -1,0 +1,104 @@
+"""What exact attention makes of the arguments that its forms share."""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from attention.cache.kv_cache import KVCache
+from pallas_kernels import masks
+
+
+def batched(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K V"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]:
+    """Returns the arrays with a batch of 1 where they have none.
+
+    Raises:
+      ValueError: key or value have another dtype than query.
+    """
+    arrays = [jnp.asarray(x) for x in (query, key, value)]
+    for name, x in zip(("key", "value"), arrays[1:], strict=True):
+        if x.dtype != arrays[0].dtype:
+            raise ValueError(f"{name}: dtype {x.dtype} must be query's, {arrays[0].dtype}")
+    return tuple(x[None] if x.ndim == 3 else x for x in arrays)
+
+
+def joined_mask(
+    batch: int,
+    mask: Bool[ArrayLike, "B|1 N|1 T|1 S|1"] | masks.Mask | None,
+    *,
+    is_causal: bool = False,
+    query_seq_lengths: Int[ArrayLike, "B"] | None = None,
+    key_value_seq_lengths: Int[ArrayLike, "B"] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | tuple[ArrayLike, ArrayLike] | None = None,
+    query_offset: masks.Bound = 0,
+) -> masks.Mask | None:
+    """Returns all masks that the arguments of `softmax_attention` stand for, joined.
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: an argument does not fit; the message names it.
+    """
+    lengths = [
+        None if length is None else _checked_lengths(length, name, batch)
+        for name, length in (
+            ("query_seq_lengths", query_seq_lengths),
+            ("key_value_seq_lengths", key_value_seq_lengths),
+        )
+    ]
+    parts = [] if mask is None else [mask if isinstance(mask, masks.Mask) else masks.dense(mask)]
+    if is_causal:
+        parts.append(masks.causal(query_offset))
+    if local_window_size is not None:
+        parts.append(masks.window(*_checked_window(local_window_size), query_offset))
+    if any(length is not None for length in lengths):
+        parts.append(masks.lengths(*lengths))
+    if segment_ids is not None:
+        ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
+        parts.append(masks.segments(*ids))
+    return masks.all_of(parts)
+
+
+def appended(
+    state: KVCache,
+    query: Float[ArrayLike, "B T N H"],
+    key: Float[ArrayLike, "B T K H"],
+    value: Float[ArrayLike, "B T K V"],
+    segment_ids: tuple[ArrayLike, ArrayLike] | None,
+) -> tuple[Array, Array, Array, KVCache]:
+    """Returns query, all keys and values in query's dtype, and the cache, for a step.
+
+    Raises:
+      TypeError: segment ids are not a pair.
+      ValueError: there are not as many keys as queries, or they do not fit into the cache.
+    """
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    if query.ndim == 4 and key.ndim == 4 and query.shape[1] != key.shape[1]:
+        raise ValueError(f"key: {key.shape[1]} tokens must be as many as query's {query.shape[1]}")
+    if segment_ids is not None and not isinstance(segment_ids, tuple):
+        raise TypeError("segment_ids: must be a pair (ids of queries, ids of the cache) in a step")
+    state = state.append(key, value)
+    return query, state.key.astype(query.dtype), state.value.astype(query.dtype), state
+
+
+def _checked_lengths(value: ArrayLike, name: str, batch: int) -> masks.Bound:
+    value = masks.as_bound(value, name)
+    if isinstance(value, int) or value.shape != (batch,):
+        raise ValueError(f"{name}: must be int32[B] with B = {batch}; got {jnp.shape(value)}")
+    return value
+
+
+def _checked_window(value: int | tuple[int, int]) -> tuple[int, int]:
+    sides = (value, value) if isinstance(value, int) else value
+    if (
+        not isinstance(sides, tuple | list)
+        or len(sides) != 2
+        or not all(isinstance(side, int) and side >= 0 for side in sides)
+    ):
+        raise ValueError(
+            f"local_window_size: must be a number of keys or a pair (left, right); got {value!r}"
+        )
+    return tuple(sides)
