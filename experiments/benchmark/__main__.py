@@ -1,0 +1,40 @@
+"""Measures kernels beside their peers: `python -m experiments.benchmark tiled schedule`."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from experiments.benchmark import tiled
+from experiments.benchmark.table import show
+from experiments.errors import USAGE, ExperimentError, run_command
+
+FAMILIES = {"tiled": ("online-softmax attention over tiles", tiled.REPORTS)}
+
+
+def main() -> None:
+    """The command line."""
+    arguments = sys.argv[1:]
+    family = arguments[0] if arguments else None
+    if family not in FAMILIES:
+        listing = "\n".join(f"  {name}  {what}" for name, (what, _) in FAMILIES.items())
+        usage = (
+            f"usage: python -m experiments.benchmark KERNELS REPORT [OPTIONS]\nkernels:\n{listing}"
+        )
+        if family in ("-h", "--help"):
+            print(usage)
+            return
+        problem = "no kernels given" if family is None else f"kernels: {family!r} is unknown"
+        raise ExperimentError(f"{problem}\n{usage}", USAGE)
+    config = tyro.extras.subcommand_cli_from_dict(
+        FAMILIES[family][1],
+        prog=f"python -m experiments.benchmark {family}",
+        description=__doc__,
+        args=arguments[1:],
+    )
+    show(config.report(), config.output, f"benchmark {' '.join(arguments)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

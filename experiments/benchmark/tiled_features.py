@@ -1,0 +1,38 @@
+"""Our TPU kernels of tiled attention with one feature at a time, for the time they take to compile.
+
+Peers compile beside them.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmark import tiled_cases
+from experiments.benchmark.tiled_cases import HEADS, TOKENS, WEIGHTS, our_case
+from experiments.compile_report import Case
+from pallas_kernels import masks
+
+SLOPES = np.linspace(0.1, 1, HEADS, dtype=np.float32)
+
+
+def cases() -> dict[str, Case | str]:
+    """Returns the cases of every feature, forward and backward, and those of peers."""
+    documents = jnp.arange(TOKENS)[None] // 1000
+    features = {
+        **{name: {"mask": masks.causal(), **options} for name, options in WEIGHTS.items()},
+        "no mask": {},
+        "window": {"mask": masks.causal() & masks.window(1023, 0)},
+        "segments": {"mask": masks.causal() & masks.segments(documents, documents)},
+        "soft cap": {"mask": masks.causal(), "logits_soft_cap": 30.0},
+        "ALiBi": {"mask": masks.causal(), "alibi_slopes": SLOPES},
+        "sink": {"mask": masks.causal(), "sink": SLOPES},
+        "bias": {"bias": np.zeros((1, 1, TOKENS, TOKENS), jnp.bfloat16)},
+    }
+    found = {
+        f"{direction}, {name}": our_case(direction, **options)
+        for direction in ("forward", "backward")
+        for name, options in features.items()
+    }
+    peers = tiled_cases.cases().items()
+    return found | {name: case for name, case in peers if "causal, ours" not in name}

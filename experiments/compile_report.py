@@ -1,0 +1,398 @@
+"""Static TPU schedules: what the TPU compiler makes of Pallas kernels, on a machine without a TPU.
+
+    python -m experiments.compile_report CASES.py --topology v5e:2x2
+
+A TensorCore issues one VLIW bundle a cycle, in an order that is fixed when it is compiled, so the
+bundles of the basic block in which a kernel spends its time are close to the cycles of one pass
+through it, and the same in every run. CASES.py has a function `cases()` that returns
+`{name: Case}`; every `pallas_call` in them needs a `name`. The reports that are read here are the
+compiler's own and no public interface: compare kernels that one version of libtpu has compiled.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import itertools
+import math
+import multiprocessing
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments.benchmark.table import Report, progress, show
+from experiments.errors import ExperimentError, run_command
+
+# One issue to a matrix unit multiplies a row by a square of weights of this many elements.
+WEIGHTS = {"v4": 128**2, "v5e": 128**2, "v5p": 128**2, "v6e": 256**2, "tpu7x": 256**2}
+DELAY_SLOTS = 4
+"""Bundles after a branch that are executed whether it is taken or not."""
+
+# A bundle is a line with its address and what the address marks: loop header, body or exit, start
+# or fallthrough of a predicated region, any other target of a jump.
+_BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:")
+_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process stops at libtpu's lock file
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function to compile for TPU."""
+
+    function: Callable[..., Any]
+    arguments: tuple[jax.ShapeDtypeStruct, ...]
+    kernels: Mapping[str, Work] | None = None
+    """The kernels to report, by name, with what they do; None for all."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass through a kernel's hot block computes, for attention."""
+
+    products: int
+    """Matrix products that have the tile of scores as an operand or a result."""
+    features: int
+    """Head dimension, of query and value alike."""
+    scores: int | None = None
+    """Scores in the tile; None for the power of two nearest to the block's matrix issues."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The schedule of one kernel."""
+
+    kernel: str
+    bundles: int
+    hot_bundles: int
+    """Of the hot block: the one with most matrix issues, and of several alike the shortest."""
+    twins: tuple[int, ...]
+    """Bundles of the other blocks alike, such as those of tiles that need the mask."""
+    matrix_issues: int
+    """Of the hot block, as all that follow up to its spills."""
+    matrix_slots: int
+    """Matrix issues that a bundle has room for."""
+    slots: dict[str, float]
+    """Issues by kind of slot, as a share of what the block's bundles could hold."""
+    hot_spills: int
+    """Vector registers that the block stores and loads for want of registers."""
+    spills: int
+    """Those of the whole kernel."""
+    grid_steps: int | None
+    """None if the grid's size is known only when it runs."""
+    scores: int | None = None
+    """Scores that one pass through the hot block computes."""
+
+    def per_scores(self, count: float, scores: int) -> float | None:
+        """Scales a count of the hot block to a number of scores."""
+        return None if self.scores is None else count * scores / self.scores
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a case."""
+
+    seconds: float
+    """From the function to the executable."""
+    temporary_bytes: int
+    schedules: tuple[Schedule, ...] = ()
+    """Empty if they were not asked for."""
+
+
+@dataclass(frozen=True)
+class CompileReportConfig:
+    """Compiles kernels for TPU and shows their static schedules."""
+
+    cases: Annotated[Path, tyro.conf.Positional]
+    """Python file with a function `cases()`."""
+    topology: str = "v5e:2x2"
+    """The TPU, such as v5e:2x2, v6e:2x2, v5p:2x2x1, tpu7x:2x2x1."""
+    only: str = ""
+    """Leave out cases without this text in their name."""
+    output: Path | None = None
+    """JSON file to write."""
+
+
+def main() -> None:
+    """The command line."""
+    config = tyro.cli(
+        CompileReportConfig, prog="python -m experiments.compile_report", description=__doc__
+    )
+    report = Report()
+    for name, case in chosen(load_cases(config.cases), config.only).items():
+        if isinstance(case, str):
+            report.add({"case": name, "kernel": case})
+            continue
+        progress(f"compiling {name} for {config.topology}")
+        try:
+            compiled = compile_case(config.cases, name, config.topology)
+        except ExperimentError as error:
+            report.fail({"case": name, "kernel": "does not compile"}, error)
+            continue
+        for schedule in compiled.schedules:
+            row = {"case": name, "kernel": schedule.kernel} | _row(schedule)
+            report.add(row | {"seconds": f"{compiled.seconds:.1f}"}, asdict(schedule))
+    show(report, config.output, f"compile_report {config.cases} --topology {config.topology}")
+
+
+def _row(schedule: Schedule) -> dict[str, str]:
+    fullest = sorted(schedule.slots.items(), key=lambda slot: -slot[1])[:3]
+    return {
+        "bundles": f"{schedule.bundles:,}",
+        "hot block": f"{schedule.hot_bundles:,}",
+        "twins": " ".join(f"{twin:,}" for twin in schedule.twins),
+        "matrix issues": f"{schedule.matrix_issues:,}",
+        "fullest slots": ", ".join(f"{name} {share:.0%}" for name, share in fullest),
+        "spills": f"{schedule.hot_spills:,} of {schedule.spills:,}",
+        "grid steps": "run time" if schedule.grid_steps is None else f"{schedule.grid_steps:,}",
+    }
+
+
+def chosen[T](cases: Mapping[str, T], only: str) -> dict[str, T]:
+    """Returns the cases with a text in their name.
+
+    Raises:
+      ExperimentError: if there is none.
+    """
+    found = {name: case for name, case in cases.items() if only in name}
+    if not found:
+        raise ExperimentError(
+            f"only: {only!r} is in the name of no case; there are {', '.join(cases)}"
+        )
+    return found
+
+
+def load_cases(path: Path) -> dict[str, Case | str]:
+    """Returns what `cases()` of a Python file returns: cases, or why there is none.
+
+    Raises:
+      ExperimentError: if the file cannot be read or has no such function.
+    """
+    spec = importlib.util.spec_from_file_location("compile_report_cases", path)
+    if spec is None or not path.is_file():
+        raise ExperimentError(f"cases: {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "cases"):
+        raise ExperimentError(f"cases: {path} must have a function cases(); it has none")
+    return module.cases()
+
+
+def check_compiler() -> None:
+    """Raises an ExperimentError if there is no TPU compiler."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ExperimentError(
+            "libtpu, the TPU compiler, is not installed; on Linux x86-64 "
+            "`python -m pip install -e '.[dev]'` installs it"
+        )
+
+
+def compile_case(cases: Path, name: str, topology: str, *, schedules: bool = True) -> Compiled:
+    """Compiles a case in a process of its own, as the compiler takes its options once.
+
+    Args:
+      cases: the file that defines it.
+      name: its name there.
+      topology: the TPU to compile for.
+      schedules: whether to read schedules; writing them takes time too.
+
+    Raises:
+      ExperimentError: if it does not compile, or there is no compiler.
+    """
+    check_compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as child:
+            try:
+                compiled, steps, works = child.submit(
+                    _compile, cases, name, topology, dump, schedules
+                ).result()
+            except BrokenProcessPool:
+                log = (dump / "stderr").read_text(errors="replace").strip().splitlines()
+                raise ExperimentError(f"{name}: the compiler died: {log[-1:]}") from None
+        found = read_schedules(dump, steps) if schedules else []
+    if works is not None:
+        weights = WEIGHTS[topology.partition(":")[0]]
+        found = [
+            _with_scores(schedule, works[schedule.kernel], weights)
+            for schedule in found
+            if schedule.kernel in works
+        ]
+    if schedules and not found:
+        raise ExperimentError(f"{name}: it has no kernel to report: {steps or 'no pallas_call'}")
+    return Compiled(**compiled, schedules=tuple(found))
+
+
+def _compile(
+    cases: Path, name: str, topology: str, dump: Path, schedules: bool
+) -> tuple[dict[str, Any], dict[str, int | None], dict[str, Work] | None]:
+    """Runs in the child: compiles, with the compiler's reports written to `dump`."""
+    flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
+    os.environ.update(_ENVIRONMENT)
+    if schedules:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
+    jax.config.update("jax_platforms", "cpu")
+    # What comes out of the cache leaves no reports.
+    jax.config.update("jax_enable_compilation_cache", False)
+    with open(dump / "stderr", "w") as log:
+        os.dup2(log.fileno(), 2)
+    case = load_cases(cases)[name]
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        mesh = Mesh(np.array(devices[:1]), ("device",))
+        sharding = NamedSharding(mesh, PartitionSpec())
+        arguments = [
+            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in case.arguments
+        ]
+        began = time.perf_counter()
+        # Some rules of lowering ask which TPU it is.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            traced = jax.jit(case.function).trace(*arguments)
+            lowered = traced.lower(lowering_platforms=("tpu",))
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - began
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ExperimentError(f"{name} does not compile for {topology}: {reason}") from None
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    works = None if case.kernels is None else dict(case.kernels)
+    return {"seconds": seconds, "temporary_bytes": memory}, grid_steps(traced.jaxpr), works
+
+
+def grid_steps(jaxpr: Any) -> dict[str, int | None]:
+    """Returns the number of grid steps of every `pallas_call` in a jaxpr, by its name."""
+    steps = {}
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name == "pallas_call":
+            grid = equation.params["grid_mapping"].grid
+            static = all(isinstance(size, int) for size in grid)
+            steps[str(equation.params["name"])] = math.prod(grid) if static else None
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_has_equations):
+            if _has_equations(inner):
+                steps |= grid_steps(inner)
+    return steps
+
+
+def _has_equations(value: Any) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
+def read_schedules(dump: Path, steps: Mapping[str, int | None]) -> list[Schedule]:
+    """Reads the compiler's reports on kernels whose grid steps are given by name."""
+    found = []
+    for path in sorted(dump.glob("*-final_bundles.txt")):
+        named = re.fullmatch(r"(\d+-(.+?)(?:\.\d+)?)-\d+-final_bundles", path.stem)
+        if named is None or named[2] not in steps:
+            continue
+        (table,) = dump.glob(
+            f"{glob.escape(named[1])}-*-final_hlo-static-per-bundle-utilization.txt"
+        )
+        with path.open(errors="replace") as bundles, table.open() as issues:
+            found.append(read_schedule(named[2], bundles, issues, steps[named[2]]))
+    return found
+
+
+def read_schedule(
+    kernel: str, bundles: Iterable[str], issues: Iterable[str], steps: int | None
+) -> Schedule:
+    """Reads the schedule of one kernel.
+
+    Args:
+      kernel: its name.
+      bundles: lines of the report of its bundles.
+      issues: lines of the report of how many slots each bundle fills.
+      steps: its number of grid steps.
+    """
+    columns, capacity, rows = _read_issues(issues)
+    blocks = basic_blocks(bundles)
+    if blocks[-1].stop != len(rows):
+        raise ExperimentError(
+            f"{kernel}: the compiler's reports do not agree: {blocks[-1].stop} bundles, of "
+            f"{len(rows)} of which the slots are known"
+        )
+    filled = {name: rows[:, i] for i, name in enumerate(columns)}
+
+    def count(name: str, block: range) -> int:
+        return int(filled[name][block.start : block.stop].sum())
+
+    def spilled(block: range) -> int:
+        return count("VSTORE:SPILL", block) + count("VLOAD:FILL", block)
+
+    # Tiles that need the mask and tiles that do not have a block each, with the same products.
+    most = max(count("MATMUL", block) for block in blocks)
+    if most:
+        alike = [block for block in blocks if count("MATMUL", block) >= 0.9 * most]
+        hot, *twins = sorted(alike, key=len)
+    else:
+        hot, twins = max(blocks, key=len), []
+    return Schedule(
+        kernel=kernel,
+        bundles=len(rows),
+        hot_bundles=len(hot),
+        twins=tuple(map(len, twins)),
+        matrix_issues=count("MATMUL", hot),
+        matrix_slots=capacity[columns.index("MATMUL")],
+        slots={
+            name: count(name, hot) / (size * len(hot))
+            for name, size in zip(columns, capacity, strict=True)
+            if size
+        },
+        hot_spills=spilled(hot),
+        spills=spilled(range(len(rows))),
+        grid_steps=steps,
+    )
+
+
+def _read_issues(lines: Iterable[str]) -> tuple[list[str], list[int], np.ndarray]:
+    """Returns kinds of slots, how many there are of each, and how many each bundle fills."""
+    lines = [line.strip() for line in lines]
+    numbers = [line for line in lines if line[:1].isdigit()]
+    columns = [name.strip() for name in next(line for line in lines if "," in line).split(",")]
+    rows = np.array([line.split() for line in numbers], int)
+    return columns, rows[0].tolist(), rows[1:]
+
+
+def basic_blocks(lines: Iterable[str]) -> list[range]:
+    """Returns the bundles of each basic block, from the lines of the report of bundles."""
+    starts, count = {0}, 0
+    for line in lines:
+        bundle = _BUNDLE.match(line)
+        if not bundle:
+            continue
+        if bundle[1]:
+            starts.add(count)
+        if "sbr.rel" in line:
+            starts.add(count + DELAY_SLOTS + 1)
+        count += 1
+    ends = sorted(start for start in starts if start < count)
+    return [range(*block) for block in itertools.pairwise([*ends, count])]
+
+
+def _with_scores(schedule: Schedule, work: Work, weights: int) -> Schedule:
+    """Returns the schedule with the number of scores of a pass through its hot block."""
+    scores = work.scores
+    if scores is None:
+        done = schedule.matrix_issues * weights / (work.products * work.features)
+        scores = 2 ** round(math.log2(max(done, 1)))
+    return replace(schedule, scores=scores)
+
+
+if __name__ == "__main__":
+    run_command(main)
