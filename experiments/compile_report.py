@@ -147,7 +147,8 @@ def main() -> None:
             continue
         for schedule in compiled.schedules:
             row = {"case": name, "kernel": schedule.kernel} | _row(schedule)
-            report.add(row | {"seconds": f"{compiled.seconds:.1f}"}, asdict(schedule))
+            record = {"case": name, "seconds": compiled.seconds, **asdict(schedule)}
+            report.add(row | {"seconds": f"{compiled.seconds:.1f}"}, record)
     show(report, config.output, f"compile_report {config.cases} --topology {config.topology}")
 
 
@@ -231,7 +232,7 @@ def compile_case(cases: Path, name: str, topology: str, *, schedules: bool = Tru
     if works is not None:
         weights = WEIGHTS[topology.partition(":")[0]]
         found = [
-            _with_scores(schedule, works[schedule.kernel], weights)
+            with_scores(schedule, works[schedule.kernel], weights)
             for schedule in found
             if schedule.kernel in works
         ]
@@ -385,7 +386,7 @@ def basic_blocks(lines: Iterable[str]) -> list[range]:
     return [range(*block) for block in itertools.pairwise([*ends, count])]
 
 
-def _with_scores(schedule: Schedule, work: Work, weights: int) -> Schedule:
+def with_scores(schedule: Schedule, work: Work, weights: int) -> Schedule:
     """Returns the schedule with the number of scores of a pass through its hot block."""
     scores = work.scores
     if scores is None:

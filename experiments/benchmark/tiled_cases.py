@@ -36,7 +36,13 @@ WEIGHTS = {
 # with; of all that were tried, the others have the fewest bundles for v5e and for v6e.
 JAX_FORWARD = ((512, 512, 512), (1024, 1024, 1024), (2048, 1024, 256), (1024, 2048, 512))
 JAX_BACKWARD = ((512, 512, 512), (1024, 1024, 1024))
-TOKAMAX_FORWARD = ((512, 512, 512), (1024, 1024, 1024))
+TOKAMAX_FORWARD = (
+    (512, 512, 512),
+    (1024, 1024, 1024),
+    (2048, 1024, 256),
+    (1024, 2048, 512),
+    (1024, 1024, 512),
+)
 TOKAMAX_BACKWARD = ((512, 512, 512), (1024, 1024, 1024))
 
 Attention = Callable[..., Array]
