@@ -38,6 +38,7 @@ from experiments.errors import ExperimentError, run_command
 
 # One issue to a matrix unit multiplies a row by a square of weights of this many elements.
 WEIGHTS = {"v4": 128**2, "v5e": 128**2, "v5p": 128**2, "v6e": 256**2, "tpu7x": 256**2}
+LOG = "stderr.log"
 DELAY_SLOTS = 4
 """Bundles after a branch that are executed whether it is taken or not."""
 
@@ -217,8 +218,15 @@ def compile_case(cases: Path, name: str, topology: str, *, schedules: bool = Tru
       ExperimentError: if it does not compile, or there is no compiler.
     """
     check_compiler()
+    chip = topology.partition(":")[0]
+    if chip not in WEIGHTS:
+        raise ExperimentError(
+            f"topology: {topology!r}; it must be one of {', '.join(WEIGHTS)} and a shape, as in "
+            "v5e:2x2"
+        )
     with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder)
+        dump, log = Path(folder), Path(folder, LOG)
+        log.touch()
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as child:
             try:
@@ -226,13 +234,12 @@ def compile_case(cases: Path, name: str, topology: str, *, schedules: bool = Tru
                     _compile, cases, name, topology, dump, schedules
                 ).result()
             except BrokenProcessPool:
-                log = (dump / "stderr").read_text(errors="replace").strip().splitlines()
-                raise ExperimentError(f"{name}: the compiler died: {log[-1:]}") from None
+                said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+                raise ExperimentError(f"{name}: the compiler died: {said[-1]}") from None
         found = read_schedules(dump, steps) if schedules else []
     if works is not None:
-        weights = WEIGHTS[topology.partition(":")[0]]
         found = [
-            with_scores(schedule, works[schedule.kernel], weights)
+            with_scores(schedule, works[schedule.kernel], WEIGHTS[chip])
             for schedule in found
             if schedule.kernel in works
         ]
@@ -252,7 +259,7 @@ def _compile(
     jax.config.update("jax_platforms", "cpu")
     # What comes out of the cache leaves no reports.
     jax.config.update("jax_enable_compilation_cache", False)
-    with open(dump / "stderr", "w") as log:
+    with open(dump / LOG, "w") as log:
         os.dup2(log.fileno(), 2)
     case = load_cases(cases)[name]
     try:

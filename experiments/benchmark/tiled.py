@@ -128,12 +128,13 @@ class CpuConfig(ReportConfig):
                 raise ExperimentError(f"{name}: {getattr(self, name)}; all must be at least 1")
         if self.repeats < 1:
             raise ExperimentError(f"repeats: {self.repeats}; it must be at least 1")
+        # libtpu, where it is installed, would complain that it finds no TPU.
+        jax.config.update("jax_platforms", "cpu")
         report = Report()
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            for mask, direction in chosen(_passes(), self.only).values():
-                before = {}
-                for tokens in sorted({*self.tokens, *self.compiled_tokens}):
-                    before = self._add(report, mask, direction, tokens, before)
+        for mask, direction in chosen(_passes(), self.only).values():
+            before = {}
+            for tokens in sorted({*self.tokens, *self.compiled_tokens}):
+                before = self._add(report, mask, direction, tokens, before)
         return report
 
     def _add(
