@@ -135,6 +135,7 @@ def main() -> None:
     config = tyro.cli(
         CompileReportConfig, prog="python -m experiments.compile_report", description=__doc__
     )
+    check_compiler(config.topology)
     report = Report()
     for name, case in chosen(load_cases(config.cases), config.only).items():
         if isinstance(case, str):
@@ -196,13 +197,24 @@ def load_cases(path: Path) -> dict[str, Case | str]:
     return module.cases()
 
 
-def check_compiler() -> None:
-    """Raises an ExperimentError if there is no TPU compiler."""
+def check_compiler(*topologies: str) -> None:
+    """Raises an ExperimentError if there is no TPU compiler, or a topology is of no known TPU."""
     if importlib.util.find_spec("libtpu") is None:
         raise ExperimentError(
             "libtpu, the TPU compiler, is not installed; on Linux x86-64 "
             "`python -m pip install -e '.[dev]'` installs it"
         )
+    for topology in topologies:
+        if chip_of(topology) not in WEIGHTS:
+            raise ExperimentError(
+                f"topology: {topology!r}; it must be one of {', '.join(WEIGHTS)} and a shape, as in "
+                "v5e:2x2"
+            )
+
+
+def chip_of(topology: str) -> str:
+    """Returns the name of the TPU of a topology."""
+    return topology.partition(":")[0]
 
 
 def compile_case(cases: Path, name: str, topology: str, *, schedules: bool = True) -> Compiled:
@@ -217,13 +229,7 @@ def compile_case(cases: Path, name: str, topology: str, *, schedules: bool = Tru
     Raises:
       ExperimentError: if it does not compile, or there is no compiler.
     """
-    check_compiler()
-    chip = topology.partition(":")[0]
-    if chip not in WEIGHTS:
-        raise ExperimentError(
-            f"topology: {topology!r}; it must be one of {', '.join(WEIGHTS)} and a shape, as in "
-            "v5e:2x2"
-        )
+    check_compiler(topology)
     with tempfile.TemporaryDirectory() as folder:
         dump, log = Path(folder), Path(folder, LOG)
         log.touch()
@@ -239,7 +245,7 @@ def compile_case(cases: Path, name: str, topology: str, *, schedules: bool = Tru
         found = read_schedules(dump, steps) if schedules else []
     if works is not None:
         found = [
-            with_scores(schedule, works[schedule.kernel], WEIGHTS[chip])
+            with_scores(schedule, works[schedule.kernel], WEIGHTS[chip_of(topology)])
             for schedule in found
             if schedule.kernel in works
         ]

@@ -21,6 +21,7 @@ from experiments.benchmark.tiled_cases import gradient
 from experiments.compile_report import (
     Compiled,
     check_compiler,
+    chip_of,
     chosen,
     compile_case,
     load_cases,
@@ -101,7 +102,7 @@ class CompileTimeConfig(ReportConfig):
                 if record["topology"] == topology and "seconds" in record
             ]
             if seconds:
-                longest[f"{_chip(topology)} seconds"] = f"{max(seconds):.1f}"
+                longest[f"{chip_of(topology)} seconds"] = f"{max(seconds):.1f}"
         report.rows.append(longest)
         return report
 
@@ -262,7 +263,7 @@ def _compile_all(
     schedules: bool,
 ) -> Report:
     """Returns a row for every case of a report, with the same columns for every TPU."""
-    check_compiler()
+    check_compiler(*config.topologies)
     report = Report()
     for name, case in chosen(load_cases(config.cases), config.only).items():
         row = {"kernel": name}
@@ -282,11 +283,7 @@ def _compile_all(
                     report.failures.append(str(error))
                     cells[first] = "does not compile"
                     record["error"] = str(error)
-            row |= {f"{_chip(topology)} {column}": cell for column, cell in cells.items()}
+            row |= {f"{chip_of(topology)} {column}": cell for column, cell in cells.items()}
             report.records.append(record)
         report.rows.append(row)
     return report
-
-
-def _chip(topology: str) -> str:
-    return topology.partition(":")[0]

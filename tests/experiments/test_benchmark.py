@@ -13,9 +13,8 @@ import pytest
 from experiments import compile_report
 from experiments.benchmark import tiled, tiled_cases, tiled_features
 from experiments.benchmark.table import Report, markdown, show
-from experiments.compile_report import Case, Work, basic_blocks, read_schedule
+from experiments.compile_report import Work, basic_blocks, read_schedule
 from experiments.errors import ExperimentError
-from pallas_kernels.tiled import IMPLEMENTATIONS
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which is for Linux x86-64"
@@ -179,7 +178,7 @@ def test_schedule_report(monkeypatch, cases_file):
         return compile_report.Compiled(1.0, 0, parts[name])
 
     monkeypatch.setattr(tiled, "compile_case", compile_case)
-    monkeypatch.setattr(tiled, "check_compiler", lambda: None)
+    monkeypatch.setattr(tiled, "check_compiler", lambda *_: None)
     report = tiled.ScheduleConfig(cases=cases_file).report()
     product, missing, wrong, plain = report.rows
     chips = [f"{chip} {name}" for chip in ("v5e", "v6e") for name in tiled.SCHEDULE_COLUMNS]
@@ -200,7 +199,16 @@ def test_no_compiler(monkeypatch):
             config.report()
 
 
-def test_cases_of_ours_and_of_peers():
+def test_topology_of_no_tpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ExperimentError, match="topology: 'h100:1'; it must be one of v4, v5e"):
+        tiled.ScheduleConfig(topologies=("v5e:2x2", "h100:1")).report()
+
+
+@pytest.mark.parametrize("implemented", (False, True))
+def test_cases_of_ours_and_of_peers(implemented, monkeypatch):
+    available = ["pallas_tpu"] if implemented else ["xla"]
+    monkeypatch.setattr(tiled_cases, "IMPLEMENTATIONS", available)
     found = tiled_cases.cases()
     ours = {name: case for name, case in found.items() if ", ours " in name}
     assert len(ours) == 2 * 2 * 3
@@ -208,10 +216,15 @@ def test_cases_of_ours_and_of_peers():
     assert any("tokamax splash" in name for name in found)
     features = tiled_features.cases()
     assert {"forward, sigmoid", "backward, ALiBi", "backward, window"} <= features.keys()
-    for cases in (ours, features):
-        for name, case in cases.items():
-            if "pallas_tpu" in IMPLEMENTATIONS or "JAX" in name:
-                assert isinstance(case, Case)
+    mine = {**ours, **{name: case for name, case in features.items() if "splash" not in name}}
+    for name, case in mine.items():
+        if implemented:
+            (kernel,) = case.kernels
+            assert kernel == f"tiled_{name.partition(',')[0]}"
+        else:
+            assert case == "not available"
+    peers = {name: case for name, case in found.items() if "JAX" in name}
+    assert all(work.scores for case in peers.values() for work in case.kernels.values())
     if importlib.util.find_spec("tokamax") is None:
         assert "'.[peers]'" in found["forward, full, tokamax splash"]
 
@@ -285,7 +298,7 @@ def test_wrong_input_is_one_message(arguments, code, message, monkeypatch, capsy
     from experiments.errors import run_command
 
     monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
-    monkeypatch.setattr(tiled, "check_compiler", lambda: None)
+    monkeypatch.setattr(tiled, "check_compiler", lambda *_: None)
     monkeypatch.setattr("experiments.errors._quiet_libraries", lambda: None)
     with pytest.raises(SystemExit) as caught:
         run_command(main)
