@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import re
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -36,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from experiments.benchmark.table import Report, progress, show
 from experiments.errors import ExperimentError, run_command
 
-# One issue to a matrix unit multiplies a row by a square of weights of this many elements.
+# Elements of the square of weights that one issue to a matrix unit multiplies a row by.
 WEIGHTS = {"v4": 128**2, "v5e": 128**2, "v5p": 128**2, "v6e": 256**2, "tpu7x": 256**2}
 LOG = "stderr.log"
 DELAY_SLOTS = 4
@@ -96,7 +97,7 @@ class Schedule:
     spills: int
     """Those of the whole kernel."""
     grid_steps: int | None
-    """None if the grid's size is known only when it runs."""
+    """None if the traced function does not tell."""
     scores: int | None = None
     """Scores that one pass through the hot block computes."""
 
@@ -163,7 +164,7 @@ def _row(schedule: Schedule) -> dict[str, str]:
         "matrix issues": f"{schedule.matrix_issues:,}",
         "fullest slots": ", ".join(f"{name} {share:.0%}" for name, share in fullest),
         "spills": f"{schedule.hot_spills:,} of {schedule.spills:,}",
-        "grid steps": "run time" if schedule.grid_steps is None else f"{schedule.grid_steps:,}",
+        "grid steps": "-" if schedule.grid_steps is None else f"{schedule.grid_steps:,}",
     }
 
 
@@ -207,7 +208,7 @@ def check_compiler(*topologies: str) -> None:
     for topology in topologies:
         if chip_of(topology) not in WEIGHTS:
             raise ExperimentError(
-                f"topology: {topology!r}; it must be one of {', '.join(WEIGHTS)} and a shape, as in "
+                f"topology: {topology!r}; must be one of {', '.join(WEIGHTS)} and a shape, as in "
                 "v5e:2x2"
             )
 
@@ -249,8 +250,10 @@ def compile_case(cases: Path, name: str, topology: str, *, schedules: bool = Tru
             for schedule in found
             if schedule.kernel in works
         ]
-    if schedules and not found:
-        raise ExperimentError(f"{name}: it has no kernel to report: {steps or 'no pallas_call'}")
+    missing = set(works or ()) - {schedule.kernel for schedule in found}
+    if schedules and (missing or not found):
+        listed = ", ".join(sorted(missing)) or "of any name"
+        raise ExperimentError(f"{name}: the compiler reports no kernel {listed}")
     return Compiled(**compiled, schedules=tuple(found))
 
 
@@ -283,11 +286,13 @@ def _compile(
         compiled = lowered.compile()
         seconds = time.perf_counter() - began
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = textwrap.shorten(str(error), 400) or type(error).__name__
         raise ExperimentError(f"{name} does not compile for {topology}: {reason}") from None
     memory = compiled.memory_analysis().temp_size_in_bytes
     works = None if case.kernels is None else dict(case.kernels)
-    return {"seconds": seconds, "temporary_bytes": memory}, grid_steps(traced.jaxpr), works
+    # A primitive that becomes a kernel when it is lowered hides it: then the case names it.
+    steps = dict.fromkeys(works or ()) | grid_steps(traced.jaxpr)
+    return {"seconds": seconds, "temporary_bytes": memory}, steps, works
 
 
 def grid_steps(jaxpr: Any) -> dict[str, int | None]:

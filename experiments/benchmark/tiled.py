@@ -276,6 +276,8 @@ def _compile_all(
             else:
                 progress(f"compiling {name} for {topology}")
                 try:
+                    if schedules and case.kernels is None:
+                        raise ExperimentError(f"cases: {name} must say what its kernels compute")
                     compiled = compile_case(config.cases, name, topology, schedules=schedules)
                     cells = {column: cell(compiled) for column, cell in columns.items()}
                     record |= dataclasses.asdict(compiled)

@@ -54,7 +54,7 @@ def cases():
         "product": Case(product, (X, Y), {"product": Work(1, 128)}),
         "missing": "not available",
         "wrong": Case(jnp.matmul, (Y, X)),
-        "plain": Case(jnp.matmul, (X, Y)),
+        "plain": Case(jnp.matmul, (X, Y), {"product": Work(1, 128)}),
     }
 """
 
@@ -144,6 +144,8 @@ def test_a_kernel_compiled_for_tpu(cases_file):
     assert schedule.slots["MATMUL"] == schedule.matrix_issues / (4 * schedule.hot_bundles)
     assert schedule.spills == 0 and schedule.scores > 0
     assert 0 < compiled.seconds < 60
+    with pytest.raises(ExperimentError, match="plain: the compiler reports no kernel product"):
+        compile_report.compile_case(cases_file, "plain", "v5e:2x2")
 
 
 @pytest.mark.slow
@@ -173,8 +175,6 @@ def test_schedule_report(monkeypatch, cases_file):
 
     def compile_case(path, name, topology, schedules):
         assert path == cases_file and schedules and topology.endswith(":2x2")
-        if name == "wrong":
-            raise ExperimentError("wrong: no")
         return compile_report.Compiled(1.0, 0, parts[name])
 
     monkeypatch.setattr(tiled, "compile_case", compile_case)
@@ -188,7 +188,10 @@ def test_schedule_report(monkeypatch, cases_file):
     assert [*plain.values()] == ["plain", *("8", "20", "62%", "3") * 2]
     assert [*missing.values()] == ["missing", *("not available", "-", "-", "-") * 2]
     assert wrong["v5e bundles"] == "does not compile"
-    assert report.failures == ["wrong: no"] * 2 and len(report.records) == 8
+    assert (
+        report.failures == ["cases: wrong must say what its kernels compute"] * 2
+        and len(report.records) == 8
+    )
     json.dumps(report.records)
 
 
@@ -201,7 +204,7 @@ def test_no_compiler(monkeypatch):
 
 def test_topology_of_no_tpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(ExperimentError, match="topology: 'h100:1'; it must be one of v4, v5e"):
+    with pytest.raises(ExperimentError, match="topology: 'h100:1'; must be one of v4, v5e"):
         tiled.ScheduleConfig(topologies=("v5e:2x2", "h100:1")).report()
 
 
