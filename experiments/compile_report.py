@@ -37,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from experiments.benchmark.table import Report, progress, show
 from experiments.errors import ExperimentError, run_command
 
-# Elements of the square of weights that one issue to a matrix unit multiplies a row by.
+# Elements of the square of weights by which a matrix unit multiplies a row in one bundle.
 WEIGHTS = {"v4": 128**2, "v5e": 128**2, "v5p": 128**2, "v6e": 256**2, "tpu7x": 256**2}
 LOG = "stderr.log"
 DELAY_SLOTS = 4
@@ -87,9 +87,12 @@ class Schedule:
     twins: tuple[int, ...]
     """Bundles of the other blocks alike, such as those of tiles that need the mask."""
     matrix_issues: int
-    """Of the hot block, as all that follow up to its spills."""
+    """Of the hot block, as all that follow up to its spills: its bundles' busy matrix units, summed.
+
+    Products that start in a burst overlap in the compiler's count, and count less.
+    """
     matrix_slots: int
-    """Matrix issues that a bundle has room for."""
+    """Matrix units of a bundle."""
     slots: dict[str, float]
     """Issues by kind of slot, as a share of what the block's bundles could hold."""
     hot_spills: int
