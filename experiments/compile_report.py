@@ -87,7 +87,7 @@ class Schedule:
     twins: tuple[int, ...]
     """Bundles of the other blocks alike, such as those of tiles that need the mask."""
     matrix_issues: int
-    """Of the hot block, as all that follow up to its spills: its bundles' busy matrix units, summed.
+    """Of the hot block, as all that follow up to its spills: busy units, summed over bundles.
 
     Products that start in a burst overlap in the compiler's count, and count less.
     """
