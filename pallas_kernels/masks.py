@@ -95,7 +95,7 @@ class Tiles(NamedTuple):
         widths = [(0, 0)] * array.ndim
         widths[axis] = (0, pad)
         array = jnp.pad(array, widths, mode="edge")
-        shape = array.shape[:axis] + (-1, self.size) + array.shape[axis + 1 :]
+        shape = (*array.shape[:axis], -1, self.size, *array.shape[axis + 1 :])
         return monoid(array.reshape(shape), axis=axis + 1)
 
     def taken(self, values: Array) -> Array:

@@ -40,13 +40,16 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import choose, partition
 from pallas_kernels.checks import check_arrays
 from pallas_kernels.masks import Mask, Shape, as_bound
-from pallas_kernels.tiled import reference, xla
+from pallas_kernels.tiled import reference, tpu, xla
 from pallas_kernels.tiled.inputs import WEIGHTS, Inputs, Options
 from pallas_kernels.tiled.merge import merge_partials
 
 __all__ = ["merge_partials", "tiled_attention", "tiled_attention_transposed"]
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"xla": xla, "pallas_tpu": tpu, "reference": reference}
+
+KERNELS = {"tpu": "pallas_tpu"}
+"""The kernel that is the best implementation, by platform."""
 
 LARGEST_BOUND = 60.0
 """Scores up to which exp, and its sum over any number of keys, is safe in float32."""
@@ -124,7 +127,8 @@ def tiled_attention(
         mask has its own.
       return_lse: whether to return the log-sum-exp too, float32.
       implementation: see `pallas_kernels.choose`.
-      tile_sizes: number of queries and of keys in a tile of "xla"; None for the default.
+      tile_sizes: number of queries and of keys in a tile; None for the default. Kernels round it
+        to what they can do, and take the tiles of a block list from the list.
       function: name in error messages.
 
     Returns:
@@ -295,16 +299,17 @@ def _prepared(
         axes=partition.current_axes(),
         tile_q=tile_q,
         tile_k=tile_k,
+        implementation=implementation,
     )
     inputs = Inputs(query, key, value, bias, slopes, table, sink, offset, mask)
-    name = choose.resolve_implementation(
+    choose.resolve_implementation(
         implementation,
         {name: module.supports for name, module in IMPLEMENTATIONS.items()},
         function=function,
         options=options,
         inputs=inputs,
     )
-    return _defined if name == "reference" else _attend, options, inputs
+    return _defined if implementation == "reference" else _attend, options, inputs
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -316,9 +321,48 @@ def _defined(options: Options, inputs: Inputs) -> tuple[Array, Array]:
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options: Options, inputs: Inputs) -> tuple[Array, Array]:
-    forward = functools.partial(xla.forward, options)
+    forward = _implemented("forward", options, inputs, options)
     ins = _constant(inputs.dims)
     return partition.partitioned(forward, ins, ("btnv", "btn"), options.axes)(*inputs)
+
+
+def _implemented(
+    function: str, options: Options, inputs: Inputs, *static: Any, gradients: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """Returns a function of the implementation that serves a call, with its static arguments.
+
+    What the forward keeps means the same in all of them, so the backward may be of another.
+
+    Args:
+      function: "forward" or "backward".
+      options: static part of the call.
+      inputs: its arrays.
+      *static: first arguments of the function.
+      gradients: names of the inputs whose gradients it is to return.
+
+    Raises:
+      NotImplementedError: the named implementation does not have one of the gradients.
+    """
+    call = {"options": options, "inputs": inputs, "gradients": gradients}
+    bound = {
+        name: functools.partial(getattr(module, function), *static)
+        for name, module in IMPLEMENTATIONS.items()
+        if name == "xla" or name in KERNELS.values()
+    }
+    if options.implementation is not None:
+        choose.resolve_implementation(
+            options.implementation,
+            {name: module.supports for name, module in IMPLEMENTATIONS.items()},
+            function="tiled_attention",
+            **call,
+        )
+        return bound[options.implementation]
+    kernels = {
+        platform: bound[name]
+        for platform, name in KERNELS.items()
+        if IMPLEMENTATIONS[name].supports(**call) is None
+    }
+    return functools.partial(choose.at_lowering, bound["xla"], kernels)
 
 
 def _attend_forward(options: Options, inputs: Inputs) -> tuple[tuple[Array, Array], tuple]:
@@ -343,7 +387,7 @@ def _gradients(
     options: Options, names: Sequence[str], inputs: Inputs, *results: Array
 ) -> dict[str, Array]:
     """Returns gradients by name, from the inputs, the results and the cotangents of the results."""
-    backward = functools.partial(xla.backward, options, names)
+    backward = _implemented("backward", options, inputs, options, names, gradients=names)
     dims = dict(zip(Inputs._fields, inputs.dims, strict=True))
     outs = tuple(dims[name] for name in names)
     kept = (d if name in names else _constant(d) for name, d in dims.items())

@@ -36,6 +36,8 @@ class Options:
     axes: Axes
     tile_q: int | None
     tile_k: int | None
+    implementation: str | None
+    """The one that serves the call; None for a choice by what the call is lowered for."""
 
 
 class Inputs(NamedTuple):

@@ -189,7 +189,7 @@ class BoundOperands(NamedTuple):
 
 
 def _allows_all(mask: Mask | None) -> bool:
-    return mask is None or isinstance(mask, masks.Lengths) and mask.query is mask.key is None
+    return mask is None or (isinstance(mask, masks.Lengths) and mask.query is mask.key is None)
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:

@@ -328,7 +328,7 @@ def even(count: int, most: int) -> int:
 
 
 def listed(blocks: Blocks, transposed: bool) -> tuple[int, int, int, int]:
-    """Returns rows and columns of tiles for a block list, pieces in a step, and columns of a part."""
+    """Returns for a block list rows and columns of tiles, pieces of a step, and columns of a part."""
     rows, columns = divisor(blocks.block_q, 1024), divisor(blocks.block_k, 1024)
     rows, columns = (columns, rows) if transposed else (rows, columns)
     pieces = max(512 // columns, 1)
@@ -336,8 +336,20 @@ def listed(blocks: Blocks, transposed: bool) -> tuple[int, int, int, int]:
     return rows, columns, pieces, 512 if width % 512 == 0 else width if width < 512 else LANES
 
 
+def result(shape: Sequence[int], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
+    """Returns the type of a kernel's result, which in a shard_map varies as an argument does."""
+    kind = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
+
+
+def summed(array: Array, shape: Sequence[int]) -> Array:
+    """Sums over the dimensions that are 1 in a shape."""
+    axes = tuple(i for i, size in enumerate(shape) if size < array.shape[i])
+    return jnp.sum(array, axes, keepdims=True) if axes else array
+
+
 def has_scores(x: Inputs) -> bool:
-    """Returns whether a value for every score has to be copied."""
+    """Returns whether a bias or a mask has a value for every score, which has to be copied."""
     arrays = [] if x.bias is None else [x.bias]
     if x.mask is not None:
         arrays += [

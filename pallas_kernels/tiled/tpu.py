@@ -28,14 +28,16 @@ LOWEST = -1e30
 """Where the running maximum starts: finite, so that no difference of maxima is NaN."""
 
 
-def supports(*, options: Options, inputs: Inputs) -> str | None:
-    """Returns why the kernels do not serve a call, or None."""
+def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ()) -> str | None:
+    """Returns why the kernels do not serve a call, or these gradients of it, or None."""
     del options
+    if "bias" in gradients:
+        return "it has no gradient of bias"
     if inputs.query.dtype == jnp.float64:
         return "it does not compute in float64"
     if inputs.table is not None:
         return "it has no relative_bias"
-    lists, rest = split(inputs.mask)
+    lists, _ = split(inputs.mask)
     if len(lists) > 1:
         return "it takes one block list, not several"
     for blocks in lists:
@@ -44,12 +46,7 @@ def supports(*, options: Options, inputs: Inputs) -> str | None:
                 "blocks of a list must be multiples of 16 tokens; got block_q "
                 f"{blocks.block_q} and block_k {blocks.block_k}"
             )
-        full = [] if inputs.bias is None else [inputs.bias]
-        if rest is not None:
-            full += [
-                x for x, d in zip(jax.tree.leaves(rest), rest.dims(), strict=True) if "ts" in d
-            ]
-        if any(x.shape[-1] > 1 and x.shape[-2] > 1 for x in full):
+        if tiles.has_scores(inputs):
             return "a bias or dense mask over queries and keys does not go with a block list"
     return None
 
@@ -96,8 +93,8 @@ def forward(
             pl.BlockSpec((None, None, None, 1, tiling.rows), lambda b, n, i: (b, n, i, 0, 0)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((*query.shape[:3], width), dtype),
-            jax.ShapeDtypeStruct((batch, heads, tiling.row_tiles, 1, tiling.rows), jnp.float32),
+            tiles.result((*query.shape[:3], width), dtype, query),
+            tiles.result((batch, heads, tiling.row_tiles, 1, tiling.rows), jnp.float32, query),
         ],
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
@@ -195,8 +192,9 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
         rows, columns, pieces, part = tiles.listed(lists[0], transposed=False)
     else:
         most, part = (2048, 256) if tiles.generation() >= 6 else (1024, 512)
-        rows = tiles.even(queries, most if not tiles.has_scores(x) else 512)
-        columns, pieces = max(tiles.even(keys, 1024), LANES), 1
+        most = 512 if tiles.has_scores(x) else most
+        rows = tiles.even(queries, options.tile_q or most)
+        columns, pieces = max(tiles.even(keys, options.tile_k or 1024), LANES), 1
         part = next(size for size in (part, 256, LANES) if columns % size == 0)
     grid = Grid(queries, keys, rows, columns)
     return Tiling(rows, grid.shape[0], columns, grid.shape[1], pieces, rows, part, heads), grid

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -27,19 +26,12 @@ SPAN_BYTES = 8 * 2**20
 
 
 def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Array, ...]:
-    """Returns gradients, as `xla.backward` does.
-
-    Raises:
-      NotImplementedError: the gradient of a bias is asked for.
-    """
-    for name in ("bias", "table"):
-        if name in names:
-            raise NotImplementedError(f"tiled_attention: 'pallas_tpu' has no gradient of {name}")
+    """Returns gradients, as `xla.backward` does."""
     *inputs, out, lse, d_out, d_lse = args
     x = without_hidden(Inputs(*inputs))
     batch, queries, heads, features = x.query.shape
-    keys, kv_heads, width = x.value.shape[1:]
-    tiling, grid = _tiling(x)
+    keys, kv_heads, _width = x.value.shape[1:]
+    tiling, grid = _tiling(options, x)
     padding = ((0, 0), (0, 0), (0, tiling.column_tiles * tiling.columns - queries))
 
     # Of a row without keys all is 0, whatever its cotangents are.
@@ -74,21 +66,20 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     ]
     d_query, d_key, d_value, d_slopes = zip(*results, strict=True)
     d_query = jnp.concatenate(d_query, axis=2) * options.scale
-    gradients = [jnp.swapaxes(d_query[:, :, :queries], 1, 2).astype(x.query.dtype)]
-    for parts_, array in ((d_key, x.key), (d_value, x.value)):
-        gradient = functools.reduce(jnp.add, parts_)[:, :, :keys]
+    gradients = {"query": jnp.swapaxes(d_query[:, :, :queries], 1, 2).astype(x.query.dtype)}
+    for name, spans_, array in (("key", d_key, x.key), ("value", d_value, x.value)):
+        gradient = functools.reduce(jnp.add, spans_)[:, :, :keys]
         gradient = gradient.reshape(batch, kv_heads, heads // kv_heads, *gradient.shape[2:])
         gradient = jnp.sum(gradient, axis=2) if heads > kv_heads else gradient[:, :, 0]
-        gradients.append(jnp.swapaxes(gradient, 1, 2).astype(array.dtype))
+        gradients[name] = jnp.swapaxes(gradient, 1, 2).astype(array.dtype)
     if "slopes" in names:
-        total = -functools.reduce(jnp.add, d_slopes).sum((2, 3, 4))
-        gradients.append(jnp.sum(total, 0, keepdims=True) if x.slopes.shape[0] == 1 else total)
+        gradient = -functools.reduce(jnp.add, d_slopes).sum((2, 3, 4))
+        gradients["slopes"] = tiles.summed(gradient, x.slopes.shape)
     if "sink" in names:
         sink = jnp.swapaxes(x.sink, 1, 2)
-        gradient = -jnp.exp(sink - lse) * delta
-        axes = tuple(i for i, size in enumerate(sink.shape) if size < gradient.shape[i])
-        gradients.append(jnp.swapaxes(jnp.sum(gradient, axes, keepdims=True), 1, 2))
-    return tuple(gradients)
+        gradient = tiles.summed(-jnp.exp(sink - lse) * delta, sink.shape)
+        gradients["sink"] = jnp.swapaxes(gradient, 1, 2)
+    return tuple(gradients[name] for name in names)
 
 
 def _call(
@@ -154,11 +145,11 @@ def _call(
             ),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, *d_query), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, keys, features), dtypes[0]),
-            jax.ShapeDtypeStruct((batch, heads, keys, width), dtypes[1]),
-            jax.ShapeDtypeStruct(
-                (batch, heads, tiling.row_tiles, 1, tiling.column_part), jnp.float32
+            tiles.result((batch, heads, *d_query), jnp.float32, x.query),
+            tiles.result((batch, heads, keys, features), dtypes[0], x.query),
+            tiles.result((batch, heads, keys, width), dtypes[1], x.query),
+            tiles.result(
+                (batch, heads, tiling.row_tiles, 1, tiling.column_part), jnp.float32, x.query
             ),
         ],
         scratch_shapes=[scratch],
@@ -287,7 +278,7 @@ def _kernel(
         out[...] = (total * factor if factor != 1 else total).astype(out.dtype)
 
 
-def _tiling(x: Inputs) -> tuple[Tiling, Grid]:
+def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
     """Chooses the tiles of the backward."""
     queries, heads = x.query.shape[1:3]
     keys = x.key.shape[1]
@@ -297,8 +288,8 @@ def _tiling(x: Inputs) -> tuple[Tiling, Grid]:
         row_part = rows
     else:
         most, (row_part, column_part) = 1024, (256, 512) if tiles.generation() >= 6 else (512, 1024)
-        rows = tiles.even(keys, most if not tiles.has_scores(x) else 512)
-        columns, pieces = max(tiles.even(queries, most), LANES), 1
+        rows = tiles.even(keys, options.tile_k or (512 if tiles.has_scores(x) else most))
+        columns, pieces = max(tiles.even(queries, options.tile_q or most), LANES), 1
         row_part = next(s for s in (row_part, 256, LANES, rows) if rows % s == 0)
         column_part = next(s for s in (column_part, 512, 256, LANES) if columns % s == 0)
     grid = Grid(queries, keys, columns, rows)

@@ -225,8 +225,8 @@ def test_options_and_implementation_reach_every_layer():
         logits = {n: make(config, implementation=n)(tokens) for n in ("reference", "xla", None)}
         assert_close(logits["xla"], logits["reference"], factor=2)
         np.testing.assert_array_equal(logits["xla"], logits[None])
-        with pytest.raises(NotImplementedError, match="pallas_tpu"):
-            make(config, implementation="pallas_tpu")(tokens)
+        with pytest.raises(NotImplementedError, match="pallas_gpu"):
+            make(config, implementation="pallas_gpu")(tokens)
 
 
 @every_model

@@ -637,9 +637,9 @@ QUERY, KEY, VALUE = _arrays()
         ((), {"implementation": "cudnn"}, ValueError, r"tiled_attention: implementation must be"),
         (
             (),
-            {"implementation": "pallas_tpu"},
+            {"implementation": "pallas_gpu"},
             NotImplementedError,
-            r"tiled_attention: .*pallas_tpu",
+            r"tiled_attention: .*pallas_gpu",
         ),
     ],
 )
