@@ -328,7 +328,7 @@ def even(count: int, most: int) -> int:
 
 
 def listed(blocks: Blocks, transposed: bool) -> tuple[int, int, int, int]:
-    """Returns for a block list rows and columns of tiles, pieces of a step, and columns of a part."""
+    """Returns for a block list rows and columns of a tile, pieces in a step, columns in a part."""
     rows, columns = divisor(blocks.block_q, 1024), divisor(blocks.block_k, 1024)
     rows, columns = (columns, rows) if transposed else (rows, columns)
     pieces = max(512 // columns, 1)
