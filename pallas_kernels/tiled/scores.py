@@ -164,12 +164,14 @@ class BoundOperands(NamedTuple):
     refs: dict[str, Any]
     scratch: dict[str, Any]
 
-    def copies(self, number: Array, piece: int, slot: Array) -> list:
-        """Returns (source, target) of what to copy for one piece of columns."""
+    def copies(self, row: Array, number: Array, piece: int, slot: Array) -> list:
+        """Returns (source, target) of what a row of tiles needs for one piece of columns."""
         return [
             copy
             for name, operand in self.operands.items()
-            for copy in operand.copies(self.refs[name], self.scratch.get(name), number, piece, slot)
+            for copy in operand.copies(
+                self.refs[name], self.scratch.get(name), row, number, piece, slot
+            )
         ]
 
     def value(self, name: str, slot: Array | int, row: int, start: int) -> Array:

@@ -115,14 +115,16 @@ class Operand:
         if self.kind == "rows":
             scratch[...] = column(ref[...])
 
-    def copies(self, ref: Any, scratch: Any, number: Array, piece: int, slot: Array) -> list:
-        """Returns (source, target) of what is copied for one piece of columns."""
-        b, n, i = (pl.program_id(axis) for axis in range(3))
+    def copies(
+        self, ref: Any, scratch: Any, row: Array, number: Array, piece: int, slot: Array
+    ) -> list:
+        """Returns (source, target) of what a row of tiles needs for one piece of columns."""
+        b, n = pl.program_id(0), pl.program_id(1)
         if self.kind == "columns":
             return [(ref.at[(*self._at(b, n), number)], scratch.at[slot, piece])]
         if self.kind == "scores":
-            rows = pl.ds(pl.multiple_of(i * self.tiling.rows, self.tiling.rows), self.tiling.rows)
-            source = ref.at[(*self._at(b, n), rows, tokens(number, self.tiling.columns))]
+            rows, columns = self.tiling.rows, self.tiling.columns
+            source = ref.at[(*self._at(b, n), tokens(row, rows), tokens(number, columns))]
             return [(source, scratch.at[slot])]
         return []
 
@@ -164,32 +166,37 @@ def visit(
     schedule: Any,
     tiling: Tiling,
     buffers: Sequence[tuple[Any, Any]],
-    copies: Callable[[Array, int, Array], list],
-    semaphores: Any,
+    copies: Callable[[Array, Array, int, Array], list],
+    scratch: dict[str, Any],
     compute: Callable[[Array, Array, bool], None],
     branches: tuple[bool, bool],
 ) -> None:
     """Visits the tiles of columns that a row of tiles needs, copying one step ahead.
 
+    The last step of a row copies what the first step of the next row of the same head needs, so
+    rows of a head are visited in order.
+
     Args:
       schedule: window of the schedule, in SMEM.
       tiling: the tiles.
       buffers: (array in HBM [.., tokens, features], its two slots in VMEM) of what streams.
-      copies: returns (source, target) of everything else, of piece `number`, in place `piece` of a
-        slot.
-      semaphores: one for each slot.
+      copies: returns (source, target) of everything else that a row of tiles needs of piece
+        `number`, in place `piece` of a slot.
+      scratch: `visit_scratch()`.
       compute: computes on a slot; gets the numbers of the pieces, and whether to mask.
       branches: whether there are tiles without a mask, and with one.
     """
-    count = schedule[0, 0, 0]
+    row, first_slot = pl.program_id(2), scratch["slot"]
+    count, count_after = schedule[0, 0, 0], schedule[0, 0, 1]
     steps = pl.cdiv(count, tiling.pieces)
+    header = 2 + tiling.pieces
 
     def entry(index: Array) -> Array:
-        return schedule[0, 0, 1 + jnp.minimum(index, count - 1)]
+        return schedule[0, 0, header + jnp.minimum(index, count - 1)]
 
-    def descriptors(numbers: Sequence[Array], slot: Array) -> list:
+    def descriptors(row: Array, numbers: Sequence[Array], slot: Array) -> list:
         return [
-            pltpu.make_async_copy(source, target, semaphores.at[slot])
+            pltpu.make_async_copy(source, target, scratch["semaphores"].at[slot])
             for piece, number in enumerate(numbers)
             for source, target in [
                 *(
@@ -199,27 +206,31 @@ def visit(
                     )
                     for hbm, slots in buffers
                 ),
-                *copies(number, piece, slot),
+                *copies(row, number, piece, slot),
             ]
         ]
 
-    def start(step: Array, slot: Array) -> None:
-        numbers = [entry(step * tiling.pieces + p) >> 1 for p in range(tiling.pieces)]
-        for descriptor in descriptors(numbers, slot):
+    def start(row: Array, entries: Sequence[Array], slot: Array) -> None:
+        for descriptor in descriptors(row, [entry >> 1 for entry in entries], slot):
             descriptor.start()
 
-    @pl.when(steps > 0)
+    def start_step(step: Array, slot: Array) -> None:
+        start(row, [entry(step * tiling.pieces + piece) for piece in range(tiling.pieces)], slot)
+
+    def start_row_after(slot: Array) -> None:
+        start(row + 1, [schedule[0, 0, 2 + piece] for piece in range(tiling.pieces)], slot)
+
+    @pl.when(row == 0)
     def _() -> None:
-        start(0, 0)
+        first_slot[0] = 0
+        pl.when(steps > 0)(lambda: start_step(0, 0))
 
     def body(step: Array, carry: None) -> None:
-        slot = jax.lax.rem(step, 2)
-
-        @pl.when(step + 1 < steps)
-        def _() -> None:
-            start(step + 1, 1 - slot)
-
-        for descriptor in descriptors([0] * tiling.pieces, slot):
+        slot = (first_slot[0] + step) & 1
+        pl.when(step + 1 < steps)(lambda: start_step(step + 1, 1 - slot))
+        last = step + 1 == steps
+        pl.when(last & (count_after > 0))(lambda: start_row_after(1 - slot))
+        for descriptor in descriptors(row, [0] * tiling.pieces, slot):
             descriptor.wait()
         first = step * tiling.pieces
         entries = [entry(first + piece) for piece in range(tiling.pieces)]
@@ -237,6 +248,13 @@ def visit(
             compute(slot, numbers, branches[1])
 
     jax.lax.fori_loop(0, steps, body, None)
+    first_slot[0] = (first_slot[0] + steps) & 1
+    pl.when((steps == 0) & (count_after > 0))(lambda: start_row_after(first_slot[0]))
+
+
+def visit_scratch() -> dict[str, Any]:
+    """Returns what `visit` needs from one grid step to the next."""
+    return {"semaphores": pltpu.SemaphoreType.DMA((2,)), "slot": pltpu.SMEM((1,), jnp.int32)}
 
 
 def tokens(number: Array, size: int) -> Any:
@@ -287,10 +305,20 @@ def by_head(x: Inputs, tiling: Tiling, transposed: bool = False) -> tuple[Array,
     return tuple(map(padded, arrays, (2, 2, 2), (queries, keys, keys)))
 
 
-def windows(schedule: Any, heads: int) -> tuple[pl.BlockSpec, Array]:
-    """Returns how a grid step gets its window of a schedule, and the schedule as it is passed."""
-    batch, groups, count, entries = schedule.shape
-    size = -(-entries // LANES) * LANES
+def windows(schedule: Any, tiling: Tiling) -> tuple[pl.BlockSpec, Array]:
+    """Returns how a grid step gets its window of a schedule, and the schedule as it is passed.
+
+    A window has the number of entries of its own row and of the next, the first entries of the
+    next, and its own entries.
+    """
+    heads, (batch, groups, count, _) = tiling.heads, schedule.shape
+    numpy = np if isinstance(schedule, np.ndarray) else jnp
+    after = numpy.concatenate([schedule[:, :, 1:], numpy.zeros_like(schedule[:, :, :1])], axis=2)
+    first = numpy.minimum(numpy.arange(tiling.pieces), numpy.maximum(after[..., :1] - 1, 0))
+    first = numpy.take_along_axis(after, 1 + first, axis=3)
+    parts = [schedule[..., :1], after[..., :1], first, schedule[..., 1:]]
+    schedule = numpy.concatenate(parts, axis=3)
+    size = -(-schedule.shape[3] // LANES) * LANES
     schedule = padded(jnp.asarray(schedule), 3, size).reshape(batch * groups * count, 1, size)
 
     def index(b: Array, n: Array, i: Array) -> tuple[Array, int, int]:

@@ -66,7 +66,7 @@ def forward(
     scratch = {
         "key": pltpu.VMEM((2, tiling.width, features), dtype),
         "value": pltpu.VMEM((2, tiling.width, width), dtype),
-        "semaphores": pltpu.SemaphoreType.DMA((2,)),
+        "visit": tiles.visit_scratch(),
         "sums": pltpu.VMEM((tiling.rows, width), jnp.float32),
         "operands": operands.scratch,
     }
@@ -75,7 +75,7 @@ def forward(
     if options.weights == "softmax" and not options.bounded:
         scratch["maximum"] = pltpu.VMEM((tiling.rows, LANES), jnp.float32)
     branches = tiles.branches(rows, operands.mask is not None)
-    window, rows = tiles.windows(rows, heads)
+    window, rows = tiles.windows(rows, tiling)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, Scores.of(options, x), tiling, operands, branches),
@@ -98,7 +98,7 @@ def forward(
         ],
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel"),
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=tiles.VMEM_BYTES,
         ),
     )(rows, operands.arrays, query, key, value)
@@ -166,8 +166,8 @@ def _kernel(
             sums[...] = sums[...] * tiles.across(decay, sums.shape[1]) + product
 
     buffers = ((key.at[b, head], scratch["key"]), (value.at[b, head], scratch["value"]))
-    semaphores = scratch["semaphores"]
-    tiles.visit(schedule, tiling, buffers, operands.copies, semaphores, compute, branches)
+    visit = tiles.visit
+    visit(schedule, tiling, buffers, operands.copies, scratch["visit"], compute, branches)
 
     if total is None:
         out[...] = sums[...].astype(out.dtype)

@@ -99,7 +99,7 @@ def _call(
     kv_heads = x.key.shape[2]
     rows = schedule(x.mask, grid, True, None if queries >= grid.queries else span)
     branches = tiles.branches(rows, operands.mask is not None)
-    window, rows = tiles.windows(rows, heads)
+    window, rows = tiles.windows(rows, tiling)
     transposed = _transposed_sums(tiling)
     dtype = jnp.float32 if x.query.dtype == jnp.float16 else x.query.dtype
 
@@ -110,7 +110,7 @@ def _call(
     scratch = {
         "query": pltpu.VMEM((2, tiling.width, features), dtype),
         "d_out": pltpu.VMEM((2, tiling.width, width), dtype),
-        "semaphores": pltpu.SemaphoreType.DMA((2,)),
+        "visit": tiles.visit_scratch(),
         "d_key": sums(features),
         "d_value": sums(width),
         "operands": operands.scratch,
@@ -268,8 +268,8 @@ def _kernel(
 
     head = (b, n)
     buffers = ((query.at[head], scratch["query"]), (d_out.at[head], scratch["d_out"]))
-    semaphores = scratch["semaphores"]
-    tiles.visit(schedule, tiling, buffers, operands.copies, semaphores, compute, branches)
+    visit = tiles.visit
+    visit(schedule, tiling, buffers, operands.copies, scratch["visit"], compute, branches)
     for sums, out, factor in (
         (scratch["d_key"], d_key, options.scale),
         (scratch["d_value"], d_value, 1),
