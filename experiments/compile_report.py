@@ -35,7 +35,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.benchmark.table import Report, progress, show
-from experiments.errors import ExperimentError, run_command
+from experiments.errors import NO_TPU, ExperimentError, run_command
 
 # Elements of the square of weights by which a matrix unit multiplies a row in one bundle.
 WEIGHTS = {"v4": 128**2, "v5e": 128**2, "v5p": 128**2, "v6e": 256**2, "tpu7x": 256**2}
@@ -46,11 +46,8 @@ DELAY_SLOTS = 4
 # A bundle is a line with its address and what the address marks: loop header, body or exit, start
 # or fallthrough of a predicated region, any other target of a jump.
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:")
-_ENVIRONMENT = {
+_ENVIRONMENT = NO_TPU | {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process stops at libtpu's lock file
-    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
 }
 
 

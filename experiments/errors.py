@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,13 @@ import absl.logging
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
+
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
+"""Environment in which libtpu, installed for its compiler, does not complain of missing TPUs."""
 
 USAGE = 2
 FAILURE = 1
@@ -56,8 +64,12 @@ def _quiet_libraries() -> None:
 
     What fails while a checkpoint is written in the background is raised where it is waited for.
     Orbax logs it besides, asyncio does for each array, and tensorstore prints a traceback of its
-    own thread, and one for every array it still reads or writes for a loop that has ended.
+    own thread, and one for every array it still reads or writes for a loop that has ended. JAX
+    looks for TPUs wherever libtpu is installed.
     """
+    if not any(Path("/dev").glob("accel*")) and not Path("/dev/vfio").exists():
+        for name, value in NO_TPU.items():
+            os.environ.setdefault(name, value)
     log = logging.getLogger("experiments")
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)
