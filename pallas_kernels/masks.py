@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
@@ -514,7 +515,29 @@ class Blocks(Mask):
                     f"{name}: shape {array.shape} has {array.shape[2]} query blocks, but "
                     f"{shape.queries} queries in blocks of {self.block_q} are {rows}"
                 )
+        self._check(-(-shape.keys // self.block_k))
         return self
+
+    def _check(self, columns: int) -> None:
+        """Checks the lists: where they are known, and at run time under `checkify`."""
+        known = not any(isinstance(x, jax.core.Tracer) for x in (self.indices, self.counts))
+        numpy = np if known else jnp
+        indices, counts = numpy.asarray(self.indices), numpy.asarray(self.counts)
+        places = indices.shape[-1]
+        listed = numpy.arange(places) < counts[..., None]
+        inside = (indices >= 0) & (indices < columns)
+        ascends = indices[..., 1:] > indices[..., :-1]
+        for fits, message in (
+            ((counts >= 0) & (counts <= places), f"blocks: counts must be 0 to {places}"),
+            (inside | ~listed, f"blocks: indices must be 0 to {columns - 1} where they count"),
+            (ascends | ~listed[..., 1:], "blocks: indices must ascend where they count"),
+        ):
+            if not known:
+                checkify.debug_check(numpy.all(fits), message)
+            elif not fits.all():
+                first = np.argwhere(~fits)[0]
+                wrong = counts if fits.ndim == counts.ndim else indices[..., -fits.shape[-1] :]
+                raise ValueError(f"{message}; got {wrong[tuple(first)]} at {first.tolist()}")
 
     def dims(self) -> tuple[str, ...]:
         return "1ntl", "1nt"
@@ -676,7 +699,9 @@ def blocks(
 
     Args:
       indices: numbers of key blocks, unique and ascending in the first `counts` places of the last
-        dimension. The places behind them are not read.
+        dimension. The places behind them are not read. Kernels do not check what they read; where
+        lists are known, as outside of jit, they are checked when they are used, and at run time in
+        a function that `jax.experimental.checkify` transforms.
       counts: how many blocks are listed.
       block_q: number of queries in a block.
       block_k: number of keys in a block.

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Shape, Tile, Tiles
+from pallas_kernels.tiled import tiled_attention
 
 T, S = 7, 11
 
@@ -387,6 +389,39 @@ def test_wrong_arguments(make, error, match):
 def test_masks_that_do_not_fit_a_call(mask, error, match):
     with pytest.raises(error, match=match):
         mask.resolve(Shape(T, S, 2, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("indices", "counts", "match"),
+    [
+        ([[0, 1, 6], [0, 0, 0], [0, 0, 0], [0, 0, 0]], [3, 0, 0, 0], "0 to 5.*got 6 at .*0, 2"),
+        ([[0, 1, 2], [0, -1, 0], [0, 0, 0], [0, 0, 0]], [3, 2, 0, 0], "0 to 5.*got -1"),
+        ([[0, 2, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]], [3, 0, 0, 0], "ascend.*got 1"),
+        ([[1, 1, 2], [0, 0, 0], [0, 0, 0], [0, 0, 0]], [2, 0, 0, 0], "ascend.*got 1"),
+        (
+            [[0, 1, 2], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
+            [4, 0, 0, 0],
+            "counts must be 0 to 3.*got 4",
+        ),
+    ],
+)
+def test_wrong_lists(indices, counts, match):
+    indices, counts = jnp.array([[indices]]), jnp.array([[counts]])
+    mask = masks.blocks(indices, counts, 2, 2)
+    with pytest.raises(ValueError, match=match):
+        mask.to_dense(T, S)
+
+    def attend(indices, counts):
+        x = jnp.ones((1, S, 1, 4))
+        return tiled_attention(x[:, :T], x, x, mask=masks.blocks(indices, counts, 2, 2))
+
+    error, _ = checkify.checkify(jax.jit(attend))(indices, counts)
+    with pytest.raises(checkify.JaxRuntimeError, match=match.split(".*")[0]):
+        error.throw()
+    jax.jit(attend)(indices, counts)  # is not checked
+    error, out = checkify.checkify(jax.jit(attend))(jnp.zeros_like(indices), counts.clip(0, 1))
+    error.throw()
+    chex.assert_tree_all_finite(out)
 
 
 def test_a_rule_must_return_booleans():
