@@ -128,19 +128,19 @@ def _kernel(
     exact = query.dtype == jnp.float32
     operands = operands.bound(refs, scratch["operands"])
 
-    # The sink is a key with a value of zero, seen by every query before all others. It counts in
-    # one lane of the sum.
     sink = None
     if "sink" in operands.operands:
         sink = operands.value("sink", 0, 0, 0)
         sink = jnp.broadcast_to(sink[:, :LANES] if jnp.ndim(sink) else sink, (tiling.rows, LANES))
-    if maximum is not None:
-        maximum[...] = jnp.full_like(maximum, LOWEST) if sink is None else sink * call.unit
     if total is not None:
         total[...] = jnp.zeros_like(total)
-        if sink is not None:
-            first = jax.lax.broadcasted_iota(jnp.int32, total.shape, 1) == 0
-            total[...] = jnp.where(first, 1.0 if maximum is not None else jnp.exp(sink), 0.0)
+    if maximum is not None and sink is None:
+        maximum[...] = jnp.full_like(maximum, LOWEST)
+    elif maximum is not None:
+        # A key with a value of zero, seen by every query before all others. It counts in one lane.
+        maximum[...] = sink * call.unit
+        first = jax.lax.broadcasted_iota(jnp.int32, total.shape, 1) == 0
+        total[...] = first.astype(jnp.float32)
     sums[...] = jnp.zeros_like(sums)
 
     def compute(slot: Array, numbers: Sequence[Array], masked: bool) -> None:
@@ -174,12 +174,19 @@ def _kernel(
         lse[...] = jnp.zeros_like(lse)
         return
     whole = jnp.sum(total[...], axis=1, keepdims=True)
+    if maximum is None and sink is not None:
+        # Relative to the sink if it is large: its exponential may be more than float32 holds.
+        above = jnp.maximum(sink[:, :1], 0)
+        whole = whole * jnp.exp(-above) + jnp.exp(sink[:, :1] - above)
+        sums[...] *= jnp.exp(-above)
     seen = whole != 0  # a NaN stays one
     whole = jnp.where(seen, whole, 1)
     out[...] = jnp.where(seen, sums[...] / whole, 0).astype(out.dtype)
     logs = jnp.broadcast_to(jnp.log(whole), (tiling.rows, LANES))
     if maximum is not None:
         logs += maximum[...] * (call.factor / LOG2E)
+    elif sink is not None:
+        logs += above
     lse[...] = tiles.row(jnp.where(seen, logs, -jnp.inf))
 
 
