@@ -9,7 +9,7 @@ column, or a value for every score.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +19,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.masks import Blocks
+from pallas_kernels.masks import Blocks, Mask
 from pallas_kernels.tiled.inputs import Inputs
-from pallas_kernels.tiled.schedule import divisor
+from pallas_kernels.tiled.schedule import Grid, divisor, schedule, split
 
 LANES = 128
+
+BUNDLES_OF_A_STEP, BUNDLES_OF_A_ROW = 100, 300
+"""What visiting a tile takes besides its scores, and a row of tiles besides its visits, about."""
 
 VMEM_BYTES = 64 * 2**20
 """What a kernel may take of a core's vector memory: half of it, on v5e and v6e."""
@@ -345,6 +348,36 @@ def generation() -> int:
         return pltpu.get_tpu_info().generation
     except Exception:  # it has no error of its own for "there is none"
         return 5
+
+
+def chosen(
+    table: Mapping[int, Mapping[tuple[int, ...], int]], grid: Grid, mask: Mask | None, rows: int
+) -> tuple[int, ...]:
+    """Returns the entry of a table of tiles that suits a mask.
+
+    It is the first one, for the generation, unless the mask is known and leaves so little of large
+    tiles that smaller ones are clearly cheaper, as a window does.
+
+    Args:
+      table: by generation from which on, tiles, queries and keys first, and the bundles of the
+        compiler's schedule that they take for 512 x 512 scores.
+      grid: the numbers of queries and keys.
+      mask: the mask.
+      rows: which of the tiles' sizes is that of rows: 0 queries, 1 keys.
+    """
+    tiles = table[max(known for known in table if known <= max(generation(), min(table)))]
+    default, lists = next(iter(tiles)), split(mask)[0]
+    if mask is None or lists or jax.tree.leaves(mask):
+        return default
+
+    def cost(tile: tuple[int, ...]) -> float:
+        cut = grid._replace(rows=even(grid.queries, tile[0]), columns=even(grid.keys, tile[1]))
+        visited = schedule(mask, cut, transposed=bool(rows))[..., 0]
+        step = tiles[tile] * cut.rows * cut.columns / 512**2 + BUNDLES_OF_A_STEP
+        return visited.sum() * step + visited.size * BUNDLES_OF_A_ROW
+
+    best = min(tiles, key=cost)
+    return best if cost(best) < 0.75 * cost(default) else default
 
 
 def even(count: int, most: int) -> int:

@@ -24,6 +24,18 @@ from pallas_kernels.tiled.tpu_backward import backward
 
 __all__ = ["backward", "forward", "supports"]
 
+TILES = {
+    4: {(1024, 1024, 512): 1040, (512, 512, 512): 1078, (256, 512, 512): 1178},
+    6: {
+        (2048, 1024, 256): 632,
+        (1024, 1024, 256): 683,
+        (512, 512, 512): 890,
+        (256, 512, 512): 1206,
+    },
+}
+"""By generation from which on: queries and keys of a tile, keys that are computed at a time, and
+the bundles that 512 x 512 scores take then, see docs/benchmarks.md."""
+
 LOWEST = -1e30
 """Where the running maximum starts: finite, so that no difference of maxima is NaN."""
 
@@ -198,10 +210,10 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
     if lists:
         rows, columns, pieces, part = tiles.listed(lists[0], transposed=False)
     else:
-        most, part = (2048, 256) if tiles.generation() >= 6 else (1024, 512)
-        most = 512 if tiles.has_scores(x) else most
-        rows = tiles.even(queries, options.tile_q or most)
-        columns, pieces = max(tiles.even(keys, options.tile_k or 1024), LANES), 1
+        tile_q, tile_k, part = tiles.chosen(TILES, Grid(queries, keys, 0, 0), x.mask, 0)
+        tile_q = min(tile_q, 512) if tiles.has_scores(x) else tile_q
+        rows = tiles.even(queries, options.tile_q or tile_q)
+        columns, pieces = max(tiles.even(keys, options.tile_k or tile_k), LANES), 1
         part = next(size for size in (part, 256, LANES) if columns % size == 0)
     grid = Grid(queries, keys, rows, columns)
     return Tiling(rows, grid.shape[0], columns, grid.shape[1], pieces, rows, part, heads), grid

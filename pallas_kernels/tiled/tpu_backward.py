@@ -21,6 +21,13 @@ from pallas_kernels.tiled.schedule import Grid, schedule, split
 from pallas_kernels.tiled.scores import LOG2E, Operands, Scores, distance, dot, parts
 from pallas_kernels.tiled.tiles import LANES, Tiling
 
+TILES = {
+    4: {(1024, 1024, 1024, 512): 2250, (512, 512, 512, 512): 2339, (256, 256, 256, 256): 2716},
+    6: {(1024, 1024, 512, 256): 1027, (512, 512, 512, 256): 1173, (256, 256, 256, 256): 1740},
+}
+"""By generation from which on: queries and keys of a tile, queries and keys that are computed at a
+time, and the bundles that 512 x 512 scores take then, see docs/benchmarks.md."""
+
 SPAN_BYTES = 8 * 2**20
 """How much of the queries' gradients one kernel holds in VMEM, in one of two buffers."""
 
@@ -287,9 +294,12 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
         rows, columns, pieces, column_part = tiles.listed(lists[0], transposed=True)
         row_part = rows
     else:
-        most, (row_part, column_part) = 1024, (256, 512) if tiles.generation() >= 6 else (512, 1024)
-        rows = tiles.even(keys, options.tile_k or (512 if tiles.has_scores(x) else most))
-        columns, pieces = max(tiles.even(queries, options.tile_q or most), LANES), 1
+        tile_q, tile_k, column_part, row_part = tiles.chosen(
+            TILES, Grid(queries, keys, 0, 0), x.mask, 1
+        )
+        tile_k = min(tile_k, 512) if tiles.has_scores(x) else tile_k
+        rows = tiles.even(keys, options.tile_k or tile_k)
+        columns, pieces = max(tiles.even(queries, options.tile_q or tile_q), LANES), 1
         row_part = next(s for s in (row_part, 256, LANES, rows) if rows % s == 0)
         column_part = next(s for s in (column_part, 512, 256, LANES) if columns % s == 0)
     grid = Grid(queries, keys, columns, rows)
