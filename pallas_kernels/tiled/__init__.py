@@ -17,6 +17,17 @@ where every term that is not given is left out, and w is
     softplus  log(1 + exp(s))      Gao et al. 2025 (LSSA), normalised
     relu      max(s, 0)            Wortsman et al. 2023; here normalised if not told otherwise
 
+A normaliser that needs the whole row first takes two passes: a call that returns the log-sum-exp,
+and one that takes what is made of it as the row statistic c,
+
+    p_ij = w(s_ij) exp(-c_i),
+    or reweighted, with a power and an offset:
+    r_ij = max(w(s_ij) exp(-c_i) - offset, 0)^power,   Z_i = sum_j r_ij,   p_ij = r_ij / Z_i
+
+With c the log-sum-exp of scores s, the scores s + b make a softmax times exp(b): a decay after the
+softmax. With c the logarithm of the mean of a row's weights, an offset of 1 keeps what is above the
+mean.
+
 A row whose sum is 0, such as that of a query that is allowed no key, has o = 0 and lse = -inf; with
 a sink lse is the sink. The sums are computed a tile of keys at a time; a softmax online, relative
 to the maximum so far (Rabe and Staats 2021), if no bound on the scores makes that needless. The
@@ -62,6 +73,7 @@ _NAMES = (
     "alibi_slopes",
     "relative_bias",
     "sink",
+    "row_statistic",
     "query_offset",
     "mask",
 )
@@ -83,6 +95,8 @@ def tiled_attention(
     alibi_slopes: Float[ArrayLike, "N"] | None = None,
     relative_bias: Float[ArrayLike, "N|1 2*R+1"] | None = None,
     sink: Float[ArrayLike, "N"] | Float[ArrayLike, "B|1 T|1 N"] | None = None,
+    row_statistic: Float[ArrayLike, "N"] | Float[ArrayLike, "B|1 T|1 N"] | None = None,
+    reweight: tuple[float, float] | None = None,
     mask: Mask | None = None,
     query_offset: int | Int[ArrayLike, ""] | Int[ArrayLike, "B"] = 0,
     return_lse: bool = False,
@@ -94,8 +108,9 @@ def tiled_attention(
 
     Scores, weights and sums are in float32 (float64 for float64 queries), products in the precision
     of the query, into which keys and values are cast; in float32 where float16 might not hold the
-    weights (softplus, relu). First derivatives exist in reverse mode for query, key, value, scale,
-    logit_bias, bias, slopes, relative_bias and sink; the implementation "reference" has all.
+    weights (softplus, relu, and those that a row statistic divides). First derivatives exist in
+    reverse mode for query, key, value, scale, logit_bias, bias, slopes, relative_bias, sink and
+    row_statistic; the implementation "reference" has all.
 
     The mask's ranges hide what stands at other positions altogether: queries and keys beyond
     `lengths`, and keys that by `causal`, `window` or `prefix` no query sees, may hold anything, NaN
@@ -111,7 +126,8 @@ def tiled_attention(
         differentiable.
       logits_soft_cap: bounds the scaled logits by c tanh(logits / c); None for no bound.
       weights: w, one of "softmax", "sigmoid", "softplus" and "relu".
-      normalise: whether weights are divided by their row sum; None for all but sigmoid.
+      normalise: whether weights are divided by their row sum; None for all but sigmoid, and those
+        that a row statistic divides.
       logit_bias: added to all scaled and capped logits; a float, or a scalar array, which is
         differentiable.
       logits_bound: the caller's word that no score, and no sink, is larger in absolute value. Up to
@@ -122,6 +138,12 @@ def tiled_attention(
         al. 2018), for all heads or each. T5's buckets are such a table (Raffel et al. 2020).
       sink: logit of each head, or of each row in the layout of the log-sum-exp, that takes part in
         the row sum only.
+      row_statistic: c, by which exp(c) divides the weights in place of their row sum; of a head, or
+        of a row in the layout of the log-sum-exp. exp(score - c) of a softmax must not overflow: it
+        is at most 1 where c is the log-sum-exp of no lower scores. A row of c = -inf is empty.
+      reweight: (power, offset), power > 0 and offset >= 0, of the weights that the row statistic
+        divides; None to leave them. A row is empty, with an output of 0, if no weight is above the
+        offset by 1e-5.
       mask: which query may attend to which key; None for all.
       query_offset: position of query 0 among the keys, for `alibi_slopes` and `relative_bias`. A
         mask has its own.
@@ -152,6 +174,8 @@ def tiled_attention(
         alibi_slopes=alibi_slopes,
         relative_bias=relative_bias,
         sink=sink,
+        row_statistic=row_statistic,
+        reweight=reweight,
         mask=mask,
         query_offset=query_offset,
         implementation=implementation,
@@ -229,6 +253,8 @@ def _prepared(
     alibi_slopes: ArrayLike | None = None,
     relative_bias: ArrayLike | None = None,
     sink: ArrayLike | None = None,
+    row_statistic: ArrayLike | None = None,
+    reweight: tuple[float, float] | None = None,
     mask: Mask | None = None,
     query_offset: Any = 0,
     implementation: str | None = None,
@@ -246,13 +272,19 @@ def _prepared(
     if weights not in WEIGHTS:
         raise ValueError(f"weights: must be one of {', '.join(WEIGHTS)}; got {weights!r}")
     softmax = weights == "softmax"
+    if row_statistic is not None:
+        row_statistic = _of_rows(row_statistic, "row_statistic", batch, queries, heads)
+        normalise = _checked_normalise(normalise, reweight)
+    elif reweight is not None:
+        raise ValueError("reweight: is of weights that a row_statistic divides; got none")
     normalise = weights != "sigmoid" if normalise is None else bool(normalise)
-    if softmax and not normalise:
+    if softmax and not normalise and row_statistic is None:
         raise ValueError(
             "normalise: must be None or True for softmax: exp(score) overflows unless it is "
             "relative to its row"
         )
-    if weights in ("softplus", "relu") and query.dtype == jnp.float16:
+    unbounded = weights in ("softplus", "relu") or row_statistic is not None
+    if unbounded and query.dtype == jnp.float16:
         query = query.astype(jnp.float32)
     if scale is None:
         scale = 1 / math.sqrt(features)
@@ -273,7 +305,9 @@ def _prepared(
     if sink is not None:
         if not normalise:
             raise ValueError("sink: is a term of the row sum, which takes normalise=True")
-        sink = _sink(sink, batch, queries, heads)
+        if row_statistic is not None:
+            raise ValueError("sink: belongs to the call that the row_statistic comes from")
+        sink = _of_rows(sink, "sink", batch, queries, heads)
     offset = None
     if slopes is not None or table is not None:
         offset = jnp.atleast_1d(jnp.asarray(as_bound(query_offset, "query_offset"), jnp.int32))
@@ -294,6 +328,7 @@ def _prepared(
         logits_soft_cap=logits_soft_cap,
         weights=weights,
         normalise=normalise,
+        reweight=_checked_reweight(reweight),
         logit_bias=float(logit_bias),
         bounded=bounded,
         axes=partition.current_axes(),
@@ -301,7 +336,7 @@ def _prepared(
         tile_k=tile_k,
         implementation=implementation,
     )
-    inputs = Inputs(query, key, value, bias, slopes, table, sink, offset, mask)
+    inputs = Inputs(query, key, value, bias, slopes, table, sink, row_statistic, offset, mask)
     choose.resolve_implementation(
         implementation,
         {name: module.supports for name, module in IMPLEMENTATIONS.items()},
@@ -449,7 +484,7 @@ def _wanted(inputs: Inputs) -> dict[str, tuple[()]]:
     """
     return {
         name: ()
-        for name in ("bias", "slopes", "table", "sink")
+        for name in ("bias", "slopes", "table", "sink", "statistic")
         if getattr(inputs, name) is not None and getattr(inputs, name).perturbed
     }
 
@@ -498,18 +533,40 @@ def _table(value: ArrayLike, heads: int) -> Array:
     return value[None]
 
 
-def _sink(value: ArrayLike, batch: int, queries: int, heads: int) -> Array:
-    """Returns sinks as [B|1, N, T|1]."""
+def _of_rows(value: ArrayLike, name: str, batch: int, queries: int, heads: int) -> Array:
+    """Returns numbers of heads or rows as [B|1, N, T|1]."""
     value = _floating(value)
     if value.shape == (heads,):
         return value[None, :, None]
     rows = (1, batch), (1, queries), (heads,)
     if value.ndim != 3 or any(a not in b for a, b in zip(value.shape, rows, strict=True)):
         raise ValueError(
-            f"sink: must have shape ({heads},), or [{batch} or 1, {queries} or 1, {heads}]; got "
+            f"{name}: must have shape ({heads},), or [{batch} or 1, {queries} or 1, {heads}]; got "
             f"{value.shape}"
         )
     return jnp.swapaxes(value, 1, 2)
+
+
+def _checked_normalise(normalise: bool | None, reweight: Any) -> bool:
+    """Returns whether weights that a row statistic divides are normalised after that."""
+    if normalise not in (None, reweight is not None):
+        raise ValueError(
+            f"normalise: must be None or {reweight is not None}, as weights that a row_statistic "
+            f"divides are normalised if reweighted, and only then; got {normalise!r}"
+        )
+    return reweight is not None
+
+
+def _checked_reweight(reweight: tuple[float, float] | None) -> tuple[float, float] | None:
+    if reweight is None:
+        return None
+    pair = reweight if isinstance(reweight, tuple | list) else ()
+    if len(pair) != 2 or not all(map(_is_number, pair)) or not (pair[0] > 0 and pair[1] >= 0):
+        raise ValueError(
+            "reweight: must be two numbers (power, offset), power > 0 and offset >= 0; got "
+            f"{reweight!r}"
+        )
+    return float(pair[0]), float(pair[1])
 
 
 def _broadcastable(value: ArrayLike, name: str, shape: tuple[int, ...]) -> Array:

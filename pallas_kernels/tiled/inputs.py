@@ -18,6 +18,12 @@ WEIGHTS = {
 }
 """Weight of a pair by its score; a pair that is masked has the score -inf and the weight 0."""
 
+LEAST_EXCESS = 1e-5
+"""A row of reweighted weights, none of which is above the offset by as much, is empty.
+
+In a row of equal weights, N w - 1 is not 0 in float32: it is about 4e-7, of any sign.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -28,7 +34,10 @@ class Options:
     weights: str
     """Name in `WEIGHTS`."""
     normalise: bool
-    """Whether weights are divided by their row sum. If not, the log-sum-exp is 0: a sum of 1."""
+    """Whether weights are divided by their row sum. If not, the log-sum-exp is the statistic, or
+    without one 0: a sum of 1."""
+    reweight: tuple[float, float] | None
+    """Power and offset. With it, `normalise` is about the weights that it makes."""
     logit_bias: float
     """Is added to every score."""
     bounded: bool
@@ -43,8 +52,8 @@ class Options:
 class Inputs(NamedTuple):
     """The arrays of a call, checked; every one has a batch dimension, which may be 1 after `value`.
 
-    Under `jax.vmap` the batch of `bias`, `slopes`, `table` and `sink` may be 1 in the forward and
-    whole in the backward, see `partition`.
+    Under `jax.vmap` the batch of `bias`, `slopes`, `table`, `sink` and `statistic` may be 1 in the
+    forward and whole in the backward, see `partition`.
     """
 
     query: Float[Array, "B T N H"]
@@ -55,6 +64,8 @@ class Inputs(NamedTuple):
     table: Float[Array, "B|1 N|1 2*R+1"] | None
     """Bias by the distance key - (query + offset), clipped to -R .. R."""
     sink: Float[Array, "B|1 N T|1"] | None
+    statistic: Float[Array, "B|1 N T|1"] | None
+    """Logarithm of what a row's weights are divided by; -inf for a row that is empty."""
     offset: Int[Array, "B|1"] | None
     mask: Mask | None
 
@@ -69,6 +80,7 @@ class Inputs(NamedTuple):
             None if self.slopes is None else "+n",
             None if self.table is None else _leading_dims(self.table) + "r",
             None if self.sink is None else _leading_dims(self.sink) + "t",
+            None if self.statistic is None else _leading_dims(self.statistic) + "t",
             None if self.offset is None else "1",
             None if self.mask is None else self.mask.dims(),
         )

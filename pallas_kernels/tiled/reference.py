@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.masks import Tile
-from pallas_kernels.tiled.inputs import WEIGHTS, Inputs, Options, without_hidden
+from pallas_kernels.tiled.inputs import LEAST_EXCESS, WEIGHTS, Inputs, Options, without_hidden
 
 
 def supports(**call: object) -> str | None:
@@ -47,18 +47,35 @@ def forward(
             allowed = jnp.repeat(allowed, heads // allowed.shape[1], axis=1)
         scores = jnp.where(allowed, scores, -jnp.inf)
 
-    weigh = WEIGHTS[options.weights]
+    def weigh(log_sum: Array) -> Array:
+        """Returns weights divided by a row sum: of a softmax, so that neither overflows."""
+        if options.weights == "softmax":
+            return jnp.exp(scores - log_sum)
+        return WEIGHTS[options.weights](scores) * jnp.exp(-log_sum)
+
+    if options.reweight is not None or not options.normalise:
+        given = jnp.zeros((), dtype) if x.statistic is None else x.statistic.astype(dtype)
+        given = jnp.broadcast_to(given, scores.shape[:-1])[..., None]
+        weights = weigh(jnp.where(jnp.isneginf(given), jnp.inf, given))
     if not options.normalise:
-        out = jnp.einsum("bnts,bsnv->btnv", weigh(scores), value)
-        return out.astype(x.query.dtype), jnp.zeros(x.query.shape[:3], dtype)
+        out = jnp.einsum("bnts,bsnv->btnv", weights, value)
+        return out.astype(x.query.dtype), jnp.swapaxes(given[..., 0], 1, 2)
 
     # Weights are made as multiples of exp(maximum), so that neither they nor the sink overflow.
-    softmax = options.weights == "softmax"
-    maximum = jnp.max(scores, axis=-1) if softmax else jnp.zeros(scores.shape[:-1], dtype)
-    if x.sink is not None:
-        maximum = jnp.maximum(maximum, x.sink)
-    maximum = jax.lax.stop_gradient(jnp.where(jnp.isneginf(maximum), 0, maximum))[..., None]
-    weights = weigh(scores - maximum) if softmax else weigh(scores) * jnp.exp(-maximum)
+    if options.reweight is not None:
+        power, offset = options.reweight
+        excess = jax.nn.relu(weights - offset)
+        largest = jax.lax.stop_gradient(jnp.max(excess, axis=-1, keepdims=True))
+        largest = jnp.where(largest < LEAST_EXCESS, jnp.inf, largest)
+        maximum = power * jnp.log(largest)
+        weights = (excess / largest) ** power
+    else:
+        softmax = options.weights == "softmax"
+        maximum = jnp.max(scores, axis=-1) if softmax else jnp.zeros(scores.shape[:-1], dtype)
+        if x.sink is not None:
+            maximum = jnp.maximum(maximum, x.sink)
+        maximum = jax.lax.stop_gradient(jnp.where(jnp.isneginf(maximum), 0, maximum))[..., None]
+        weights = weigh(maximum)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if x.sink is not None:
         total += jnp.exp(x.sink[..., None] - maximum)

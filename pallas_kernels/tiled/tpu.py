@@ -49,6 +49,8 @@ def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ())
         return "it does not compute in float64"
     if inputs.table is not None:
         return "it has no relative_bias"
+    if inputs.statistic is not None:
+        return "it has no row_statistic"
     lists, _ = split(inputs.mask)
     if len(lists) > 1:
         return "it takes one block list, not several"

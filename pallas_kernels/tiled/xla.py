@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Bound, Tile
-from pallas_kernels.tiled.inputs import WEIGHTS, Inputs, Options, zero_outside
+from pallas_kernels.tiled.inputs import LEAST_EXCESS, WEIGHTS, Inputs, Options, zero_outside
 
 TILE_SCORES = 2**21
 """Scores in a tile, over batch and heads. On CPU, more of them leave its caches."""
@@ -50,12 +50,15 @@ def forward(
     batch, queries, heads, _ = x.query.shape
     kv_heads, width = x.value.shape[2:]
     group = heads // kv_heads
-    query = call.by_feature(x.query)
+    query, statistic = call.by_feature(x.query), call.statistic()
 
     def row_tile(i: Bound, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         out, lse = carry
         row = call.row(i)
         query_tile = _cut(query, -1, row, call.rows)
+        log_sum = None
+        if statistic is not None:
+            log_sum = _divisor(_cut(statistic, -1, row, call.rows))
 
         def key_tile(j: Bound, carry: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
             maximum, total, sums = carry
@@ -63,8 +66,11 @@ def forward(
             tile = Tile(row, call.rows, column, call.columns)
             scores, _ = call.scores(query_tile, call.key(column), tile)
             scores = call.masked(scores, tile, j * call.columns)
+            if options.reweight is not None:
+                # It is a softmax of logarithms.
+                scores = call.log_reweighted(call.weights(scores, log_sum)[0])
             if maximum is None:
-                weights = WEIGHTS[options.weights](scores)
+                weights, _ = call.weights(scores, log_sum)
             else:
                 new_maximum = jnp.maximum(maximum, scores.max(axis=2))
                 finite = jnp.where(jnp.isneginf(new_maximum), 0, new_maximum)
@@ -91,6 +97,8 @@ def forward(
             decay = jnp.exp(-maximum)
             total, sums = total * decay + jnp.exp(sink - maximum), sums * decay[:, :, None]
         seen = ~(total < jnp.finfo(dtype).tiny)  # a NaN stays one
+        if options.reweight is not None:
+            seen &= ~(maximum < options.reweight[0] * math.log(LEAST_EXCESS))
         total = jnp.where(seen, total, 1)
         log_total = jnp.log(total) if maximum is None else maximum + jnp.log(total)
         out_tile = jnp.where(seen[:, :, None], sums / total[:, :, None], 0)
@@ -98,7 +106,9 @@ def forward(
         return _put(out, out_tile.astype(out.dtype), -1, row), _put(lse, lse_tile, -1, row)
 
     out = _full(x.query, (batch, kv_heads, width, group, queries), 0, x.query.dtype)
-    lse = _full(x.query, (batch, kv_heads, group, queries), 0, dtype)
+    lse = statistic
+    if lse is None:
+        lse = _full(x.query, (batch, kv_heads, group, queries), 0, dtype)
     out, lse = _loop((0, -(-queries // call.rows)), row_tile, (out, lse))
     return call.by_token(out), jnp.moveaxis(lse.reshape(batch, heads, queries), 1, 2)
 
@@ -109,7 +119,7 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     Args:
       options: static part of the call.
       names: of the inputs whose gradients are returned: query, key, value, then any of bias,
-        slopes, table and sink; or value alone.
+        slopes, table, sink and statistic; or value alone.
       *args: the inputs, then output, log-sum-exp, and the cotangents of both.
     """
     *inputs, out, lse, d_out, d_lse = args
@@ -120,12 +130,13 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     group = heads // kv_heads
 
     # With weights w(S) and P = w / Z, dS = w'(S) / Z (dP - delta), for a softmax P (dP - delta);
-    # as they are, dS = w'(S) dP. Of a row whose sum is 0, all is 0, whatever its cotangents are.
+    # as they are, or where Z is given, with no delta; reweighted, see `_Call.reweighted`. Of a row
+    # whose sum is 0, all is 0, whatever its cotangents are.
     hidden = jnp.isneginf(lse)
     d_out = jnp.where(hidden[..., None], 0, d_out)
     delta = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_lse
     delta = jnp.where(hidden, 0, delta)
-    lse = jnp.where(hidden, jnp.inf, lse)
+    lse = _divisor(lse)
     d_sink = None
     if "sink" in names:
         sink = jnp.swapaxes(x.sink, 1, 2)
@@ -134,6 +145,9 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     lse, delta = (
         jnp.moveaxis(y, 1, 2).reshape(batch, kv_heads, group, queries) for y in (lse, delta)
     )
+    log_sum = lse if options.normalise or x.statistic is not None else None
+    if options.reweight is not None:
+        log_sum = _divisor(call.statistic())
 
     def key_tile(j: Bound, carry: _Gradients) -> _Gradients:
         column = call.column(j)
@@ -143,12 +157,17 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
             gradients, d_key, d_value = carry
             row = call.row(i)
             tile = Tile(row, call.rows, column, call.columns)
-            query_tile, d_out_tile, lse_tile, delta_tile = (
-                _cut(y, -1, row, call.rows) for y in (query, d_out, lse, delta)
+            query_tile, d_out_tile, lse_tile, delta_tile, log_sum_tile = (
+                None if y is None else _cut(y, -1, row, call.rows)
+                for y in (query, d_out, lse, delta, log_sum)
             )
             scores, slope = call.scores(query_tile, key, tile)
             scores = call.masked(scores, tile, j * call.columns, i * call.rows)
-            weights, derivative = call.weights(scores, lse_tile)
+            weights, derivative = call.weights(scores, log_sum_tile)
+            by_statistic = weights  # the derivative by the statistic, but for its sign
+            if options.reweight is not None:
+                weights, by_weights = call.reweighted(weights, lse_tile)
+                derivative, by_statistic = derivative * by_weights, by_statistic * by_weights
             d_value += call.product("bksgq,bkvgq->bksv", weights, d_out_tile)
             if "query" not in names:
                 return gradients, d_key, d_value
@@ -157,6 +176,10 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
                 d_weights -= delta_tile[:, :, None]
             d_scores = derivative * d_weights
             d_bias, d_slopes, d_table = gradients.bias, gradients.slopes, gradients.table
+            d_statistic = gradients.statistic
+            if d_statistic is not None:
+                row_sums = -jnp.sum(by_statistic * d_weights, axis=2)
+                d_statistic = _add(d_statistic, row_sums, -1, row)
             if d_bias is not None:
                 d_bias = _add_tile(d_bias, call.ungrouped(d_scores), tile)
             if d_slopes is not None:
@@ -171,7 +194,7 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
             d_query = call.product("bskh,bksgq->bkhgq", key, d_products)
             d_query = _add(gradients.query, d_query, -1, row)
             gradients = gradients._replace(
-                query=d_query, bias=d_bias, slopes=d_slopes, table=d_table
+                query=d_query, bias=d_bias, slopes=d_slopes, table=d_table, statistic=d_statistic
             )
             return gradients, d_key, d_value
 
@@ -191,10 +214,14 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
         bias=_full(x.query, x.bias.shape, 0, dtype) if "bias" in names else None,
         slopes=_full(x.query, x.slopes.shape, 0, dtype) if "slopes" in names else None,
         table=_full(x.query, x.table.shape, 0, dtype) if "table" in names else None,
+        statistic=_full(x.query, lse.shape, 0, dtype) if "statistic" in names else None,
     )
     gradients = _loop((0, -(-keys // call.columns)), key_tile, gradients)
     query = call.by_token(gradients.query).astype(x.query.dtype)
     results = gradients._replace(query=query)._asdict() | {"sink": d_sink}
+    if "statistic" in names:
+        d_statistic = gradients.statistic.reshape(batch, heads, queries)
+        results["statistic"] = _unbroadcast(d_statistic, x.statistic.shape)
     return tuple(results[name] for name in names)
 
 
@@ -207,6 +234,7 @@ class _Gradients(NamedTuple):
     bias: Array | None
     slopes: Array | None
     table: Array | None
+    statistic: Float[Array, "B K G T"] | None
 
 
 class _Call(NamedTuple):
@@ -236,6 +264,8 @@ class _Call(NamedTuple):
     @property
     def online(self) -> bool:
         """Whether weights are relative to the maximum of the row so far."""
+        if self.options.reweight is not None or not self.options.normalise:
+            return self.options.normalise
         # Products are in the precision of the query, and the bound is one for float32 and bfloat16.
         bounded = self.options.bounded and self.x.query.dtype != jnp.float16
         return self.options.weights == "softmax" and not bounded
@@ -293,17 +323,46 @@ class _Call(NamedTuple):
             scores += self.options.logit_bias
         return scores, slope
 
-    def weights(self, scores: Array, lse: Array) -> tuple[Array, Array]:
-        """Returns the weights of a tile and their derivatives by the scores at fixed row sums."""
+    def weights(self, scores: Array, log_sum: Array | None) -> tuple[Array, Array]:
+        """Returns the weights of a tile and their derivatives by the scores at fixed row sums.
+
+        Args:
+          scores: masked.
+          log_sum: logarithms of the row sums that the weights are divided by; None for sums of 1.
+        """
         if self.options.weights == "softmax":
-            weights = jnp.exp(scores - lse[:, :, None])
+            weights = jnp.exp(scores if log_sum is None else scores - log_sum[:, :, None])
             return weights, weights
         weights = WEIGHTS[self.options.weights](scores)
         derivative = DERIVATIVES[self.options.weights](scores, weights)
-        if not self.options.normalise:
+        if log_sum is None:
             return weights, derivative
-        inverse = jnp.exp(-lse)[:, :, None]
+        inverse = jnp.exp(-log_sum)[:, :, None]
         return weights * inverse, derivative * inverse
+
+    def log_reweighted(self, weights: Array) -> Array:
+        """Returns the logarithms of reweighted weights, before their normalisation."""
+        power, offset = self.options.reweight
+        return power * jnp.log(jnp.maximum(weights - offset, 0))
+
+    def reweighted(self, weights: Array, lse: Array) -> tuple[Array, Array]:
+        """Returns reweighted weights and their derivatives by the weights at fixed row sums.
+
+        With r = max(w - o, 0)^p and P = r / Z, dP/dw = p P / (w - o), 0 where r is.
+        """
+        power, offset = self.options.reweight
+        results = jnp.exp(self.log_reweighted(weights) - lse[:, :, None])
+        excess = jnp.maximum(weights - offset, jnp.finfo(self.dtype).tiny)
+        return results, power * (results / excess)
+
+    def statistic(self) -> Array | None:
+        """Returns the row statistic as [B, K, G, T]."""
+        if self.x.statistic is None:
+            return None
+        batch, queries, heads, _ = self.x.query.shape
+        kv_heads = self.x.key.shape[2]
+        statistic = jnp.broadcast_to(self.x.statistic, (batch, heads, queries)).astype(self.dtype)
+        return statistic.reshape(batch, kv_heads, heads // kv_heads, queries)
 
     def masked(
         self, scores: Array, tile: Tile, first_key: Bound, first_query: Bound | None = None
@@ -395,6 +454,11 @@ def _loop(bounds: tuple[Bound, Bound], body: Callable[[Bound, Any], Any], carry:
     if isinstance(start, int) and isinstance(stop, int) and stop <= start + 1:
         return body(start, carry) if start < stop else carry
     return jax.lax.fori_loop(jnp.int32(start), jnp.int32(stop), body, carry)
+
+
+def _divisor(log_sum: Array) -> Array:
+    """Returns logarithms of row sums with inf for -inf: divided by it, all of an empty row is 0."""
+    return jnp.where(jnp.isneginf(log_sum), jnp.inf, log_sum)
 
 
 def _tiles(bounds: tuple[Bound, Bound], length: int, size: int) -> tuple[Bound, Bound]:

@@ -23,13 +23,15 @@ def tiled_weights(
     alibi_slopes=None,
     relative_bias=None,
     sink=None,
+    row_statistic=None,
+    reweight=None,
     allowed=None,
     query_offset=0,
 ):
     """Returns the matrix of weights [B, N, T, S] and the log-sum-exp [B, T, N].
 
-    `bias` and `allowed` broadcast to [B, N, T, S], `sink` to [B, T, N], `relative_bias` to
-    [N, 2 R + 1]; `query_offset` is a number or one per batch row.
+    `bias` and `allowed` broadcast to [B, N, T, S], `sink` and `row_statistic` to [B, T, N],
+    `relative_bias` to [N, 2 R + 1]; `query_offset` is a number or one per batch row.
     """
     query, key = (np.asarray(x, np.float64) for x in (query, key))
     batch, queries, heads, features = query.shape
@@ -40,6 +42,9 @@ def tiled_weights(
     allowed = np.broadcast_to(True if allowed is None else np.asarray(allowed), shape)
     offset = np.broadcast_to(query_offset, batch)
     sink = np.broadcast_to(-np.inf if sink is None else sink, (batch, queries, heads))
+    statistic = np.broadcast_to(
+        0.0 if row_statistic is None else np.asarray(row_statistic, np.float64), sink.shape
+    )
     table = np.zeros((1, 1)) if relative_bias is None else np.asarray(relative_bias, np.float64)
     table = np.broadcast_to(table, (heads, table.shape[1]))
     reach = table.shape[1] // 2
@@ -61,9 +66,27 @@ def tiled_weights(
                 score -= alibi_slopes[n] * abs(distance)
             scores[j] = score
         weigh = WEIGHTS[weights]
-        if not normalise:
-            for j, score in scores.items():
-                matrix[b, n, i, j] = weigh(score)
+        if row_statistic is not None or not normalise:
+            log_sum = statistic[b, i, n]
+            row = {} if log_sum == -np.inf else {j: weigh(s) for j, s in scores.items()}
+            if weights == "softmax":
+                row = {j: np.exp(scores[j] - log_sum) for j in row}
+            else:
+                row = {j: weight * np.exp(-log_sum) for j, weight in row.items()}
+            if reweight is None:
+                lse[b, i, n] = log_sum
+            else:
+                power, threshold = reweight
+                row = {j: max(weight - threshold, 0.0) for j, weight in row.items()}
+                largest = max(row.values(), default=0.0)
+                if largest < 1e-5:
+                    continue
+                row = {j: (weight / largest) ** power for j, weight in row.items()}
+                total = sum(row.values())
+                row = {j: weight / total for j, weight in row.items()}
+                lse[b, i, n] = power * np.log(largest) + np.log(total)
+            for j, weight in row.items():
+                matrix[b, n, i, j] = weight
             continue
         shift = max(sink[b, i, n], max(scores.values(), default=-np.inf) * (weights == "softmax"))
         if shift == -np.inf:
