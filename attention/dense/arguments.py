@@ -1,11 +1,16 @@
 """What exact attention makes of the arguments that its forms share."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from attention.cache.kv_cache import KVCache
-from pallas_kernels import masks
+from pallas_kernels import masks, partition
+from pallas_kernels.tiled import tiled_attention
+from pallas_kernels.tiled.inputs import zero_outside
 
 
 def batched(
@@ -60,6 +65,64 @@ def joined_mask(
         ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
         parts.append(masks.segments(*ids))
     return masks.all_of(parts)
+
+
+def log_counts(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    mask: masks.Mask | None,
+    implementation: str | None,
+    function: str,
+) -> Float[Array, "B|1 T|1 N|1"]:
+    """Returns the logarithm of the number of keys that each query sees; 0 for none.
+
+    It is the log-sum-exp of scores of 0, in one head if the mask is the same for all.
+    """
+    (batch, tokens, heads, _), (_, keys, kv_heads, _) = query.shape, key.shape
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    if mask is None:
+        return jnp.full((1, 1, 1), math.log(keys), dtype)
+    resolved = mask.resolve(masks.Shape(tokens, keys, batch, heads, kv_heads))
+    leaves = zip(jax.tree.leaves(resolved), resolved.dims(), strict=True)
+    if not any("n" in dims and x.shape[dims.index("n")] > 1 for x, dims in leaves):
+        heads = kv_heads = 1
+    zeros = (
+        jnp.zeros((batch, tokens, heads, 1), dtype),
+        jnp.zeros((batch, keys, kv_heads, 1), dtype),
+    )
+    # Laid out as the arrays that they stand for.
+    _, _, query, key = partition.aligned(
+        (query, key, *zeros),
+        ("btnh", "bsnh") * 2,
+        partition.current_axes(),
+        ("query", "key") * 2,
+    )
+    _, lse = tiled_attention(
+        query,
+        key,
+        key,
+        mask=mask,
+        return_lse=True,
+        implementation=implementation,
+        function=function,
+    )
+    return jnp.where(jnp.isneginf(lse), 0, lse)
+
+
+def without_hidden(
+    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], mask: masks.Mask | None
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
+    """Returns queries and keys with zeros in place of those that the mask's ranges rule out.
+
+    A function that computes something of them, before the kernel does this, would differentiate
+    whatever stands there, NaN even.
+    """
+    if mask is None:
+        return query, key
+    (batch, queries, heads, _), (_, keys, kv_heads, _) = query.shape, key.shape
+    mask = mask.resolve(masks.Shape(queries, keys, batch, heads, kv_heads))
+    query = zero_outside(query, 0, *mask.query_range(0, keys, queries))
+    return query, zero_outside(key, 0, *mask.key_range(0, queries, keys))
 
 
 def appended(

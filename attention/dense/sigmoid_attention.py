@@ -2,15 +2,14 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from attention.cache.kv_cache import KVCache, init_kv_cache
 from attention.catalogue import Mechanism
-from attention.dense.arguments import appended, batched, joined_mask
-from pallas_kernels import masks, partition
+from attention.dense.arguments import appended, batched, joined_mask, log_counts
+from pallas_kernels import masks
 from pallas_kernels.tiled import tiled_attention
 
 
@@ -112,7 +111,16 @@ def sigmoid_attention(
     if logit_bias is None and (segment_ids is not None or key_value_seq_lengths is not None):
         logit_bias = 0.0
         if alibi_slopes is None:
-            logs = _log_lengths(query, key, key_value_seq_lengths, segment_ids, implementation)
+            own = joined_mask(
+                query.shape[0],
+                None,
+                key_value_seq_lengths=key_value_seq_lengths,
+                segment_ids=segment_ids,
+            )
+            # A length is the same for all queries of a row.
+            counting = query[:, :1] if segment_ids is None else query
+            logs = log_counts(counting, key, own, implementation, "sigmoid_attention")
+            logs = jnp.swapaxes(logs, 1, 2)[..., None]
             bias = -logs if bias is None else jnp.asarray(bias) - logs
     elif logit_bias is None:
         logit_bias = 0.0 if alibi_slopes is not None else -math.log(key.shape[1])
@@ -231,48 +239,6 @@ def init_sigmoid_attention_state(
     """
     del num_heads
     return init_kv_cache(batch, max_length, num_kv_heads, head_dim, value_dim, dtype)
-
-
-def _log_lengths(
-    query: Array,
-    key: Array,
-    lengths: Int[ArrayLike, "B"] | None,
-    segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None,
-    implementation: str | None,
-) -> Float[Array, "B N|1 T|1 1"]:
-    """Returns the logarithm of the number of keys in each query's own sequence; 0 for none.
-
-    It is the log-sum-exp of scores of 0, for no more queries and heads than there are numbers.
-    """
-    (batch, tokens, heads, _), (_, keys, kv_heads, _) = query.shape, key.shape
-    if segment_ids is None:
-        tokens = 1
-    if not any(jnp.ndim(ids) == 3 for ids in jax.tree.leaves(segment_ids)):
-        heads = kv_heads = 1
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    zeros = (
-        jnp.zeros((batch, tokens, heads, 1), dtype),
-        jnp.zeros((batch, keys, kv_heads, 1), dtype),
-    )
-    # Laid out as the arrays that they stand for.
-    _, _, query, key = partition.aligned(
-        (query, key, *zeros),
-        ("btnh", "bsnh") * 2,
-        partition.current_axes(),
-        ("query", "key") * 2,
-    )
-    own = joined_mask(batch, None, key_value_seq_lengths=lengths, segment_ids=segment_ids)
-    _, lse = tiled_attention(
-        query,
-        key,
-        key,
-        mask=own,
-        return_lse=True,
-        implementation=implementation,
-        function="sigmoid_attention",
-    )
-    lse = jnp.swapaxes(lse, 1, 2)[..., None]
-    return jnp.where(jnp.isneginf(lse), 0, lse)
 
 
 def _exp(temperature: Float[Array, ""]) -> Float[Array, ""]:
