@@ -16,6 +16,12 @@ from pallas_kernels import masks
 SLOPES = np.linspace(0.1, 1, HEADS, dtype=np.float32)
 
 
+def _lists(block: int, kept: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns lists of the first blocks for every head and block of queries, and their counts."""
+    count = np.full((1, HEADS, TOKENS // block), kept, np.int32)
+    return np.broadcast_to(np.arange(kept, dtype=np.int32), (*count.shape, kept)), count
+
+
 def cases() -> dict[str, Case | str]:
     """Returns the cases of every feature, forward and backward, and those of peers."""
     documents = np.arange(TOKENS)[None] // 1000
@@ -28,6 +34,9 @@ def cases() -> dict[str, Case | str]:
         "ALiBi": {"mask": masks.causal(), "alibi_slopes": SLOPES},
         "sink": {"mask": masks.causal(), "sink": SLOPES},
         "bias": {"bias": np.zeros((1, 1, TOKENS, TOKENS), jnp.bfloat16)},
+        "softplus": {"mask": masks.causal(), "weights": "softplus"},
+        "block list": {"mask": masks.causal() & masks.blocks(*_lists(64, 16), 64, 64)},
+        "block list of 16 tokens": {"mask": masks.blocks(*_lists(16, 32), 16, 16)},
     }
     found = {
         f"{direction}, {name}": our_case(direction, **options)

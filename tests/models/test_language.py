@@ -22,6 +22,7 @@ from models.language import (
 )
 from tests.models import oracles
 from tests.numerics import assert_close, error_ratio
+from tests.tpu import compile_for_tpu
 
 TINY = {"vocab_size": 31, "features": 16, "num_layers": 2, "num_heads": 4, "hidden_features": 24}
 TRANSFORMER = transformer(**TINY, num_kv_heads=2)
@@ -227,6 +228,20 @@ def test_options_and_implementation_reach_every_layer():
         np.testing.assert_array_equal(logits["xla"], logits[None])
         with pytest.raises(NotImplementedError, match="pallas_gpu"):
             make(config, implementation="pallas_gpu")(tokens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernels"), [({}, 4), ({"remat": "full", "dtype": "bfloat16"}, 6)]
+)
+def test_a_transformer_for_tpu_is_made_of_kernels(changes, kernels):
+    """A forward and a backward in each layer, and the forward again where it is rematerialised."""
+    graph, state = nnx.split(make(TRANSFORMER, **changes))
+
+    def gradients(state, tokens):
+        return jax.grad(lambda state: loss(nnx.merge(graph, state), tokens))(state)
+
+    program = compile_for_tpu(gradients, state, some_tokens(2, 129)).as_text()
+    assert program.count("tpu_custom_call") == kernels
 
 
 @every_model
