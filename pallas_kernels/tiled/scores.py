@@ -174,6 +174,14 @@ class BoundOperands(NamedTuple):
             )
         ]
 
+    def filled(self, slot: Array) -> list:
+        """Returns the targets of all copies to a slot."""
+        return [
+            target
+            for name, operand in self.operands.items()
+            for target in operand.filled(self.scratch.get(name), slot)
+        ]
+
     def value(self, name: str, slot: Array | int, row: int, start: int) -> Array:
         """Returns the value of one operand for a part of a tile."""
         operand = self.operands[name]

@@ -131,6 +131,10 @@ class Operand:
             return [(source, scratch.at[slot])]
         return []
 
+    def filled(self, scratch: Any, slot: Array) -> list:
+        """Returns the targets of all copies to a slot."""
+        return [scratch.at[slot]] if self.kind in ("columns", "scores") else []
+
     def value(self, ref: Any, scratch: Any, slot: Array, row: int, start: int) -> Array:
         """Returns the values for the part of a step's tile that starts at a row and a column."""
         size, rows = self.tiling.column_part, pl.ds(row, self.tiling.row_part)
@@ -169,7 +173,8 @@ def visit(
     schedule: Any,
     tiling: Tiling,
     buffers: Sequence[tuple[Any, Any]],
-    copies: Callable[[Array, Array, int, Array], list],
+    copies: Callable[[Array, Array, Array | int, Array], list],
+    slots_of: Callable[[Array], list],
     scratch: dict[str, Any],
     compute: Callable[[Array, Array, bool], None],
     branches: tuple[bool, bool],
@@ -185,6 +190,7 @@ def visit(
       buffers: (array in HBM [.., tokens, features], its two slots in VMEM) of what streams.
       copies: returns (source, target) of everything else that a row of tiles needs of piece
         `number`, in place `piece` of a slot.
+      slots_of: returns all targets of `copies` in a slot.
       scratch: `visit_scratch()`.
       compute: computes on a slot; gets the numbers of the pieces, and whether to mask.
       branches: whether there are tiles without a mask, and with one.
@@ -197,31 +203,31 @@ def visit(
     def entry(index: Array) -> Array:
         return schedule[0, 0, header + jnp.minimum(index, count - 1)]
 
-    def descriptors(row: Array, numbers: Sequence[Array], slot: Array) -> list:
-        return [
-            pltpu.make_async_copy(source, target, scratch["semaphores"].at[slot])
-            for piece, number in enumerate(numbers)
-            for source, target in [
-                *(
-                    (
-                        hbm.at[tokens(number, tiling.columns)],
-                        slots.at[slot, pl.ds(piece * tiling.columns, tiling.columns)],
-                    )
-                    for hbm, slots in buffers
-                ),
-                *copies(row, number, piece, slot),
+    def start(row: Array, number_of: Callable[[Array | int], Array], slot: Array) -> None:
+        def start_piece(piece: Array | int) -> None:
+            number = number_of(piece)
+            streams = [
+                (
+                    hbm.at[tokens(number, tiling.columns)],
+                    slots.at[slot, tokens(piece, tiling.columns)],
+                )
+                for hbm, slots in buffers
             ]
-        ]
+            for source, target in streams + copies(row, number, piece, slot):
+                pltpu.make_async_copy(source, target, scratch["semaphores"].at[slot]).start()
 
-    def start(row: Array, entries: Sequence[Array], slot: Array) -> None:
-        for descriptor in descriptors(row, [entry >> 1 for entry in entries], slot):
-            descriptor.start()
+        _for_each(tiling.pieces, start_piece)
+
+    def wait(slot: Array) -> None:
+        # For as many bytes as fill the slot, however many copies they came by.
+        for filled in [slots.at[slot] for _, slots in buffers] + slots_of(slot):
+            pltpu.make_async_copy(filled, filled, scratch["semaphores"].at[slot]).wait()
 
     def start_step(step: Array, slot: Array) -> None:
-        start(row, [entry(step * tiling.pieces + piece) for piece in range(tiling.pieces)], slot)
+        start(row, lambda piece: entry(step * tiling.pieces + piece) >> 1, slot)
 
     def start_row_after(slot: Array) -> None:
-        start(row + 1, [schedule[0, 0, 2 + piece] for piece in range(tiling.pieces)], slot)
+        start(row + 1, lambda piece: schedule[0, 0, 2 + piece] >> 1, slot)
 
     @pl.when(row == 0)
     def _() -> None:
@@ -233,8 +239,7 @@ def visit(
         pl.when(step + 1 < steps)(lambda: start_step(step + 1, 1 - slot))
         last = step + 1 == steps
         pl.when(last & (count_after > 0))(lambda: start_row_after(1 - slot))
-        for descriptor in descriptors(row, [0] * tiling.pieces, slot):
-            descriptor.wait()
+        wait(slot)
         first = step * tiling.pieces
         entries = [entry(first + piece) for piece in range(tiling.pieces)]
         numbers = [
@@ -255,13 +260,29 @@ def visit(
     pl.when((steps == 0) & (count_after > 0))(lambda: start_row_after(first_slot[0]))
 
 
+def _for_each(count: int, function: Callable[[Array | int], None]) -> None:
+    """Calls a function with 0 .. count - 1, in a loop where that many copies of it are too many."""
+    if count <= 8:
+        for index in range(count):
+            function(index)
+        return
+
+    def eight(first: Array, carry: None) -> None:
+        for index in range(8):
+            function(first * 8 + index)
+
+    jax.lax.fori_loop(0, count // 8, eight, None)
+
+
 def visit_scratch() -> dict[str, Any]:
     """Returns what `visit` needs from one grid step to the next."""
     return {"semaphores": pltpu.SemaphoreType.DMA((2,)), "slot": pltpu.SMEM((1,), jnp.int32)}
 
 
-def tokens(number: Array, size: int) -> Any:
-    """Returns the slice of tokens of a tile."""
+def tokens(number: Array | int, size: int) -> Any:
+    """Returns the slice of tokens of a tile or piece."""
+    if isinstance(number, int):
+        return pl.ds(number * size, size)
     return pl.ds(pl.multiple_of(number * size, size), size)
 
 
@@ -392,7 +413,7 @@ def listed(blocks: Blocks, transposed: bool) -> tuple[int, int, int, int]:
     """Returns for a block list rows and columns of a tile, pieces in a step, columns in a part."""
     rows, columns = divisor(blocks.block_q, 1024), divisor(blocks.block_k, 1024)
     rows, columns = (columns, rows) if transposed else (rows, columns)
-    pieces = max(512 // columns, 1)
+    pieces = min(max(512 // columns, 1), 16)
     width = columns * pieces
     return rows, columns, pieces, 512 if width % 512 == 0 else width if width < 512 else LANES
 

@@ -180,8 +180,8 @@ def _kernel(
             sums[...] = sums[...] * tiles.across(decay, sums.shape[1]) + product
 
     buffers = ((key.at[b, head], scratch["key"]), (value.at[b, head], scratch["value"]))
-    visit = tiles.visit
-    visit(schedule, tiling, buffers, operands.copies, scratch["visit"], compute, branches)
+    copied = (operands.copies, operands.filled)
+    tiles.visit(schedule, tiling, buffers, *copied, scratch["visit"], compute, branches)
 
     if total is None:
         out[...] = sums[...].astype(out.dtype)

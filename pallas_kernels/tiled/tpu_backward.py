@@ -275,8 +275,8 @@ def _kernel(
 
     head = (b, n)
     buffers = ((query.at[head], scratch["query"]), (d_out.at[head], scratch["d_out"]))
-    visit = tiles.visit
-    visit(schedule, tiling, buffers, operands.copies, scratch["visit"], compute, branches)
+    copied = (operands.copies, operands.filled)
+    tiles.visit(schedule, tiling, buffers, *copied, scratch["visit"], compute, branches)
     for sums, out, factor in (
         (scratch["d_key"], d_key, options.scale),
         (scratch["d_value"], d_value, 1),
