@@ -10,18 +10,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Mask
 from pallas_kernels.tiled.inputs import Inputs, Options
 from pallas_kernels.tiled.schedule import split
+from pallas_kernels.tiled.table import Table
 from pallas_kernels.tiled.tiles import Operand, Tiling
 
 LOG2E = math.log2(math.e)
 
-ADDED = ("bias", "slopes")
+ADDED = ("bias", "slopes", "table")
 """The inputs that are added to scores."""
 
 
@@ -70,6 +71,8 @@ class Scores(NamedTuple):
             scores += here["bias"].astype(jnp.float32) * self.unit
         if "slopes" in here:
             scores -= here["slopes"] * self.unit * distance(here, queries, keys)
+        if "table" in here:
+            scores += here["table"]  # in the kernels' unit
         if "mask" in here:
             scores = jnp.where(here["mask"].allowed(queries, keys), scores, -jnp.inf)
         return scores, slope
@@ -84,7 +87,7 @@ class Scores(NamedTuple):
             case "softmax":
                 return self.exp(scores)
             case "sigmoid":
-                return pl.reciprocal(1 + jnp.exp2(-scores), approx=not exact)
+                return pltpu.reciprocal(1 + jnp.exp2(-scores), approx=not exact)
             case "softplus":
                 small = jnp.exp(-jnp.abs(scores))
                 log = jnp.log1p(small) if exact else jnp.log(1 + small)
@@ -98,7 +101,7 @@ class Scores(NamedTuple):
             case "sigmoid":
                 return weights * (1 - weights)
             case "softplus":
-                return pl.reciprocal(1 + jnp.exp(-scores), approx=not exact)
+                return pltpu.reciprocal(1 + jnp.exp(-scores), approx=not exact)
             case _:
                 return (scores > 0).astype(jnp.float32)
 
@@ -114,9 +117,12 @@ class Operands:
     Attributes:
       specs, arrays, scratch: arguments of pallas_call, by name.
       mask: the mask as it is evaluated on tiles that are not full.
+      table: the operand of the table, or None.
     """
 
-    def __init__(self, x: Inputs, tiling: Tiling, transposed: bool = False, **more: Array):
+    def __init__(
+        self, call: Scores, x: Inputs, tiling: Tiling, transposed: bool = False, **more: Array
+    ):
         """Prepares the inputs of a call, and more arrays [B, N, T] with a value for every query."""
         queries, keys = x.query.shape[1], x.key.shape[1]
         rows, columns = tiling.row_tiles * tiling.rows, tiling.column_tiles * tiling.columns
@@ -132,7 +138,7 @@ class Operands:
         dims = () if self.mask is None else self.mask.dims()
         named = {f"mask{k}": pair for k, pair in enumerate(zip(leaves, dims, strict=True))}
         own = dict(zip(Inputs._fields, x.dims, strict=True))
-        for name in (*ADDED, "sink", "offset"):
+        for name in ("bias", "slopes", "sink", "offset"):
             if getattr(x, name) is not None:
                 named[name] = getattr(x, name), own[name]
         if transposed:
@@ -141,6 +147,9 @@ class Operands:
         self._operands = {
             name: Operand(array, dims, tiling, transposed) for name, (array, dims) in named.items()
         }
+        self.table = None if x.table is None else Table(x, tiling, transposed, call.unit)
+        if self.table is not None:
+            self._operands["table"] = self.table
         self.specs = {name: operand.spec for name, operand in self._operands.items()}
         self.arrays = {name: operand.array for name, operand in self._operands.items()}
         self.scratch = {
@@ -181,6 +190,11 @@ class BoundOperands(NamedTuple):
             for name, operand in self.operands.items()
             for target in operand.filled(self.scratch.get(name), slot)
         ]
+
+    def arrive(self, slot: Array) -> None:
+        """Prepares what was copied to a slot."""
+        for name, operand in self.operands.items():
+            operand.arrive(self.refs[name], self.scratch.get(name), slot)
 
     def value(self, name: str, slot: Array | int, row: int, start: int) -> Array:
         """Returns the value of one operand for a part of a tile."""

@@ -135,6 +135,9 @@ class Operand:
         """Returns the targets of all copies to a slot."""
         return [scratch.at[slot]] if self.kind in ("columns", "scores") else []
 
+    def arrive(self, ref: Any, scratch: Any, slot: Array) -> None:
+        """Prepares what was copied to a slot, where values are not taken from it directly."""
+
     def value(self, ref: Any, scratch: Any, slot: Array, row: int, start: int) -> Array:
         """Returns the values for the part of a step's tile that starts at a row and a column."""
         size, rows = self.tiling.column_part, pl.ds(row, self.tiling.row_part)

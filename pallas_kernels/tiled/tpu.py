@@ -47,8 +47,6 @@ def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ())
         return "it has no gradient of bias"
     if inputs.query.dtype == jnp.float64:
         return "it does not compute in float64"
-    if inputs.table is not None:
-        return "it has no relative_bias"
     if inputs.statistic is not None:
         return "it has no row_statistic"
     lists, _ = split(inputs.mask)
@@ -59,6 +57,11 @@ def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ())
             return (
                 "blocks of a list must be multiples of 16 tokens; got block_q "
                 f"{blocks.block_q} and block_k {blocks.block_k}"
+            )
+        if inputs.table is not None and (blocks.block_q % LANES or blocks.block_k % LANES):
+            return (
+                f"with a relative_bias, blocks of a list must be multiples of {LANES} tokens; got "
+                f"block_q {blocks.block_q} and block_k {blocks.block_k}"
             )
         if tiles.has_scores(inputs):
             return "a bias or dense mask over queries and keys does not go with a block list"
@@ -74,7 +77,8 @@ def forward(
     width = x.value.shape[3]
     tiling, grid = _tiling(options, x)
     rows = schedule(x.mask, grid)
-    operands = Operands(x, tiling)
+    call = Scores.of(options, x)
+    operands = Operands(call, x, tiling)
     query, key, value = tiles.by_head(x, tiling)
     dtype = query.dtype
     scratch = {
@@ -92,7 +96,7 @@ def forward(
     window, rows = tiles.windows(rows, tiling)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, Scores.of(options, x), tiling, operands, branches),
+        functools.partial(_kernel, call, tiling, operands, branches),
         name="tiled_forward",
         grid=(batch, heads, tiling.row_tiles),
         in_specs=[
@@ -158,6 +162,7 @@ def _kernel(
     sums[...] = jnp.zeros_like(sums)
 
     def compute(slot: Array, numbers: Sequence[Array], masked: bool) -> None:
+        operands.arrive(slot)
         for row, start in parts(tiling):
             part = pl.ds(start, tiling.column_part)
             products = dot(query[...], scratch["key"][slot, part], 1, 1)
@@ -213,6 +218,8 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
         rows, columns, pieces, part = tiles.listed(lists[0], transposed=False)
     else:
         tile_q, tile_k, part = tiles.chosen(TILES, Grid(queries, keys, 0, 0), x.mask, 0)
+        if x.table is not None and tile_q > 1024:  # registers would spill
+            tile_q, part = 1024, 512
         tile_q = min(tile_q, 512) if tiles.has_scores(x) else tile_q
         rows = tiles.even(queries, options.tile_q or tile_q)
         columns, pieces = max(tiles.even(keys, options.tile_k or tile_k), LANES), 1

@@ -52,10 +52,10 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
         more["delta"] = jnp.pad(jnp.swapaxes(delta, 1, 2), padding)
         by_head = jnp.pad(jnp.swapaxes(lse, 1, 2), padding, constant_values=jnp.inf)
         more["lse"] = by_head * LOG2E if options.weights == "softmax" else jnp.exp(-by_head)
-    operands = Operands(x, tiling, True, **more)
+    call = Scores.of(options, x)
+    operands = Operands(call, x, tiling, True, **more)
     query, key, value = tiles.by_head(x, tiling, True)
     d_out = tiles.by_head(x._replace(query=d_out.astype(x.query.dtype)), tiling, True)[0]
-    call = Scores.of(options, x)
 
     # Sums over the heads of a group, or over spans of queries, are taken in float32.
     tokens = max(SPAN_BYTES // (4 * max(features, LANES)) // tiling.columns, 1)
@@ -66,12 +66,12 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     partial = heads > kv_heads or len(spans) > 1
     dtypes = [jnp.float32 if partial else array.dtype for array in (key, value)]
     results = [
-        _call(call, x, tiling, grid, operands, span, dtypes, "slopes" in names)(
+        _call(call, x, tiling, grid, operands, span, dtypes, names)(
             operands.arrays, key, value, query, d_out
         )
         for span in spans
     ]
-    d_query, d_key, d_value, d_slopes = zip(*results, strict=True)
+    d_query, d_key, d_value, d_slopes, d_table = zip(*results, strict=True)
     d_query = jnp.concatenate(d_query, axis=2) * options.scale
     gradients = {"query": jnp.swapaxes(d_query[:, :, :queries], 1, 2).astype(x.query.dtype)}
     for name, spans_, array in (("key", d_key, x.key), ("value", d_value, x.value)):
@@ -82,6 +82,9 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     if "slopes" in names:
         gradient = -functools.reduce(jnp.add, d_slopes).sum((2, 3, 4))
         gradients["slopes"] = tiles.summed(gradient, x.slopes.shape)
+    if "table" in names:
+        gradient = functools.reduce(jnp.add, (sums[:, :, 0] for (sums,) in d_table))
+        gradients["table"] = operands.table.gradient(gradient, x)
     if "sink" in names:
         sink = jnp.swapaxes(x.sink, 1, 2)
         gradient = tiles.summed(-jnp.exp(sink - lse) * delta, sink.shape)
@@ -97,7 +100,7 @@ def _call(
     operands: Operands,
     span: tuple[int, int],
     dtypes: Sequence[Any],
-    slopes: bool,
+    names: Sequence[str],
 ) -> Any:
     """Makes the kernel for a span of tiles of queries."""
     batch, _, heads, features = x.query.shape
@@ -126,6 +129,10 @@ def _call(
         scratch["key_t"] = pltpu.VMEM((features, tiling.rows), dtype)
         scratch["query_t"] = pltpu.VMEM((features, tiling.width), dtype)
         scratch["d_out_t"] = pltpu.VMEM((width, tiling.width), dtype)
+    slopes, by_distance = "slopes" in names, []
+    if "table" in names:
+        by_distance = [operands.table.sums]
+        scratch["d_table"] = pltpu.VMEM(operands.table.band, jnp.float32)
     group = heads // kv_heads
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     d_query = (features, queries) if transposed else (queries, features)
@@ -150,6 +157,10 @@ def _call(
             pl.BlockSpec(
                 (None, None, None, 1, tiling.column_part), lambda b, n, i: (b, n, i, 0, 0)
             ),
+            [
+                pl.BlockSpec((None, None, *shape), lambda b, n, i: (b, n, 0, 0))
+                for shape in by_distance
+            ],
         ],
         out_shape=[
             tiles.result((batch, heads, *d_query), jnp.float32, x.query),
@@ -158,6 +169,7 @@ def _call(
             tiles.result(
                 (batch, heads, tiling.row_tiles, 1, tiling.column_part), jnp.float32, x.query
             ),
+            [tiles.result((batch, heads, *shape), jnp.float32, x.query) for shape in by_distance],
         ],
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
@@ -191,16 +203,24 @@ def _kernel(
     d_key: Any,
     d_value: Any,
     d_slopes: Any,
+    d_table: Sequence[Any],
     scratch: dict[str, Any],
 ) -> None:
     """Adds what one tile of keys gives to all gradients.
 
-    Sums are kept [features, tokens] if `transposed`, else [tokens, features].
+    Sums are kept [features, tokens] if `transposed`, else [tokens, features]. `d_table` holds one
+    array of sums by distance, or none.
     """
     b, n = pl.program_id(0), pl.program_id(1)
     options, exact = call.options, query.dtype == jnp.float32
     operands = operands.bound(refs, scratch["operands"])
-    pl.when(pl.program_id(2) == 0)(lambda: d_query.__setitem__(..., jnp.zeros_like(d_query)))
+    table, band = operands.operands.get("table"), scratch.get("d_table")
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        for sums in (d_query, *d_table):
+            sums[...] = jnp.zeros_like(sums)
+
     for sums in (scratch["d_key"], scratch["d_value"], d_slopes):
         sums[...] = jnp.zeros_like(sums)
     if transposed:
@@ -230,6 +250,8 @@ def _kernel(
         if slopes:
             moved = d_scores * distance(here, query_numbers, key_numbers)
             d_slopes[...] += jnp.sum(moved, axis=0, keepdims=True)
+        if d_table:
+            table.add(band, d_scores, row, start)
         return weights.astype(query.dtype), (d_scores * slope).astype(query.dtype)
 
     def add(
@@ -257,6 +279,9 @@ def _kernel(
             d_query[pl.ds(at, size)] += product[begin : begin + size]
 
     def compute(slot: Array, numbers: Sequence[Array], masked: bool) -> None:
+        operands.arrive(slot)
+        if d_table:
+            band[...] = jnp.zeros_like(band)
         if transposed:
             scratch["query_t"][...] = scratch["query"][slot].T
             scratch["d_out_t"][...] = scratch["d_out"][slot].T
@@ -272,6 +297,8 @@ def _kernel(
                 before = None
         if before is not None:
             add(slot, numbers, *before)
+        if d_table:
+            table.fold(band, *d_table, numbers)
 
     head = (b, n)
     buffers = ((query.at[head], scratch["query"]), (d_out.at[head], scratch["d_out"]))
