@@ -189,12 +189,12 @@ def test_limits_of_reweighting():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reweight", [None, (15.0, 1.0), (0.5, 0.0)])
 def test_empty_rows(implementation, reweight):
-    """Of equal weights, of a statistic of -inf, and of no keys: zeros, with gradients of zero."""
+    """Of weights that are barely above the offset, of a statistic of -inf, and of no keys."""
     arrays = _arrays()
-    arrays["query"] = arrays["query"].at[:, 3].set(0)
+    arrays["query"] = arrays["query"].at[:, 3:5].set(0)
     equal = np.log(np.log(2))
-    statistic = jnp.zeros((B, T, N)).at[:, 5].set(-jnp.inf).at[:, 3].set(equal)
-    arrays["row_statistic"] = statistic
+    statistic = jnp.zeros((B, T, N)).at[:, 5].set(-jnp.inf)
+    arrays["row_statistic"] = statistic.at[:, 3].set(equal - 5e-6).at[:, 4].set(equal - 2e-5)
     allowed = jnp.ones((T, S), bool).at[7].set(False)
     options = {"weights": "softplus", "mask": masks.dense(allowed)}
     if reweight is not None:
@@ -202,6 +202,7 @@ def test_empty_rows(implementation, reweight):
     results, gradients = _results(implementation, functools.partial(_call, **options), arrays)
     rows = [5, 7] if reweight is None or reweight[1] == 0 else [3, 5, 7]
     np.testing.assert_array_equal(results[0][:, rows], 0)
+    assert (results[0][:, 4] != 0).all()
     if reweight is not None:
         np.testing.assert_array_equal(results[1][:, rows], -np.inf)
     for name in ("query", "row_statistic"):
