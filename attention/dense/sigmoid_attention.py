@@ -257,6 +257,7 @@ RECORD = Mechanism(
     time="O(T^2)",
     memory="O(T)",
     kernel="tiled",
+    implementations=("reference", "xla", "pallas_tpu"),
     has_weights=False,
     function=sigmoid_attention,
     step=sigmoid_attention_step,

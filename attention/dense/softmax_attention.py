@@ -236,6 +236,7 @@ RECORD = Mechanism(
     time="O(T^2)",
     memory="O(T)",
     kernel="tiled",
+    implementations=("reference", "xla", "pallas_tpu"),
     has_weights=False,
     function=softmax_attention,
     step=softmax_attention_step,
