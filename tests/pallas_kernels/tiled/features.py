@@ -1,0 +1,232 @@
+"""Calls of tiled attention that between them use everything its kernels can do.
+
+Lengths are such that kernels have two tiles or more each way, and ragged ends, at `TILES`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import masks
+from pallas_kernels.tiled import tiled_attention
+
+TILES = (128, 128)
+LEARNED = ("alibi_slopes", "sink")
+"""Arguments, beside query, key and value, by which kernels differentiate."""
+
+
+def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call: its shapes, and all arguments but query, key and value."""
+
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    batch: int = 1
+    queries: int = 150
+    keys: int = 200
+    heads: int = 2
+    key_heads: int = 2
+    value_heads: int | None = None
+    features: int = 32
+    width: int | None = None
+    dtype: Any = jnp.float32
+    magnitude: float = 1.0  # of the queries
+
+    @property
+    def normalises(self) -> bool:
+        return self.options.get("normalise", self.options.get("weights") != "sigmoid")
+
+    @property
+    def arrays(self) -> dict[str, jax.Array]:
+        """Returns the arguments by which the call is differentiated."""
+        shapes = {
+            "query": (self.queries, self.heads, self.features),
+            "key": (self.keys, self.key_heads, self.features),
+            "value": (self.keys, self.value_heads or self.key_heads, self.width or self.features),
+        }
+        arrays = {
+            name: normal(seed, self.batch, *shape, dtype=self.dtype)
+            for seed, (name, shape) in enumerate(shapes.items())
+        }
+        arrays["query"] *= self.magnitude
+        learned = {n: jnp.asarray(self.options[n]) for n in LEARNED if n in self.options}
+        return arrays | learned
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """Returns the rest of the arguments."""
+        return {name: x for name, x in self.options.items() if name not in LEARNED}
+
+    def cotangents(self) -> tuple[jax.Array, jax.Array]:
+        """Returns cotangents of the output and of the log-sum-exp."""
+        shape = self.batch, self.queries, self.heads
+        return normal(3, *shape, self.width or self.features), normal(4, *shape)
+
+    def __call__(self, arrays: Mapping[str, jax.Array], **options: Any) -> tuple[jax.Array, ...]:
+        """Calls tiled attention, and returns its one or two results."""
+        options = self.others | {"return_lse": self.normalises, "tile_sizes": TILES} | options
+        results = tiled_attention(**arrays, **options)
+        return results if self.normalises else (results,)
+
+    def loss(self, arrays: Mapping[str, jax.Array], **options: Any) -> tuple[jax.Array, tuple]:
+        """Returns a scalar that every result enters, and the results."""
+        results = self(arrays, **options)
+        finite = (jnp.where(jnp.isneginf(x), 0, x.astype(jnp.float32)) for x in results)
+        return sum(map(jnp.vdot, finite, self.cotangents())), results
+
+
+def block_list(
+    block_q: int, block_k: int, *, lists: int = 1, longest: int = 3, **call: Any
+) -> Call:
+    """Returns a call with random block lists for each of so many heads, the first one empty."""
+    call = Call(**call)
+    rng = np.random.default_rng(8)
+    rows, columns = -(-call.queries // block_q), -(-call.keys // block_k)
+    longest = min(longest, columns)
+    shape = call.batch, lists, rows
+    indices = [np.sort(rng.permutation(columns)[:longest]) for _ in range(np.prod(shape))]
+    counts = rng.integers(0, longest + 1, shape)
+    counts.flat[0], counts.flat[-1] = 0, longest
+    # Behind the end of a list stand numbers of blocks that do not exist.
+    listed = np.arange(longest) < counts[..., None]
+    indices = np.where(listed, np.reshape(indices, (*shape, longest)), 10**6)
+    mask = masks.blocks(indices.astype(np.int32), counts, block_q, block_k)
+    if "mask" in call.options:
+        mask &= call.options["mask"]
+    return dataclasses.replace(call, options={**call.options, "mask": mask})
+
+
+def _ids(*shape: int) -> np.ndarray:
+    """Returns the number of the segment, ascending, of every token."""
+    return np.sort(np.random.default_rng(5).integers(0, 3, shape), axis=-1)
+
+
+def _some(*shape: int) -> np.ndarray:
+    return np.random.default_rng(6).random(shape) < 0.4
+
+
+T, S = Call.queries, Call.keys
+SLOPES = np.array([0.5, 0.1], np.float32)
+SINK = np.array([-1.0, 3.0], np.float32)
+OFFSET = np.array([3, 60])
+SEGMENTS = masks.segments(_ids(1, T), _ids(1, S))
+LENGTHS = masks.lengths(np.array([T, 90]), np.array([3, 190]))
+GROUPED = {"heads": 4, "key_heads": 2}
+
+SCORES = {
+    "plain": Call(),
+    "scale": Call({"scale": 0.7}),
+    "scale of zero": Call({"scale": 0.0}),
+    "negative scale": Call({"scale": -0.3}),
+    "soft cap": Call({"logits_soft_cap": 1.5, "scale": 0.5}),
+    "bias": Call({"bias": normal(5, 1, 2, T, S)}),
+    "bias of batch": Call({"bias": normal(5, 2, 1, T, S)}, batch=2),
+    "bias of keys": Call({"bias": normal(5, 2, 1, 1, S)}, batch=2),
+    "bias of queries": Call({"bias": normal(5, 1, 2, T, 1), "sink": SINK}),
+    "bias of heads": Call({"bias": normal(5, 1, 2, 1, 1), "sink": SINK}),
+    "alibi with offsets": Call({"alibi_slopes": SLOPES, "query_offset": OFFSET}, batch=2),
+    "sink": Call({"sink": SINK}),
+    "sink of rows": Call({"sink": normal(6, 2, T, 2)}, batch=2),
+    "bounded": Call({"logits_bound": 30.0}),
+    "bounded, sink": Call({"logits_bound": 30.0, "sink": SINK}),
+    "bounded by a soft cap": Call({"logits_soft_cap": 2.0, "logit_bias": 1.5}),
+    "sigmoid": Call({"weights": "sigmoid", "logit_bias": -3.0}),
+    "sigmoid, traced logit bias": Call({"weights": "sigmoid", "logit_bias": jnp.float32(-3)}),
+    "normalised sigmoid": Call({"weights": "sigmoid", "normalise": True, "alibi_slopes": SLOPES}),
+    "softplus": Call({"weights": "softplus"}),
+    "softplus as it is": Call({"weights": "softplus", "normalise": False, "logits_soft_cap": 2.0}),
+    "relu": Call({"weights": "relu", "sink": SINK}),
+    "relu as it is": Call({"weights": "relu", "normalise": False}),
+}
+MASKS = {
+    "causal": Call({"mask": masks.causal()}),
+    "causal with offsets": Call({"mask": masks.causal(OFFSET)}, batch=2),
+    "causal that hides": Call({"mask": masks.causal(-40)}),
+    "causal that hides, sink": Call({"mask": masks.causal(-40), "sink": SINK}),
+    "window": Call({"mask": masks.window(60, 5, 20)}),
+    "dynamic window": Call({"mask": masks.window(np.array([2, 90]), None, OFFSET)}, batch=2),
+    "prefix": Call({"mask": masks.prefix(np.array([40, 170]), 20)}, batch=2),
+    "segments": Call({"mask": SEGMENTS}),
+    "segments of one sequence": Call({"mask": masks.segments(_ids(2, T))}, batch=2, keys=T),
+    "segments of heads": Call({"mask": masks.segments(_ids(1, 2, T), _ids(1, 2, S) - 1)}),
+    "segments of key heads": Call({"mask": masks.segments(_ids(1, 2, T), _ids(1, S))}, **GROUPED),
+    "lengths": Call({"mask": LENGTHS}, batch=2),
+    "dilated": Call({"mask": masks.dilated(3, 1)}),
+    "dense": Call({"mask": masks.dense(_some(1, 2, T, S))}),
+    "dense of keys": Call({"mask": masks.dense(_some(2, 1, 1, S))}, batch=2),
+    "dense of queries": Call({"mask": masks.dense(_some(1, 2, T, 1))}),
+    "rule": Call({"mask": masks.rule(jnp.less, normal(7, 2, 2, T), normal(8, 1, S))}, batch=2),
+    "everything": Call(
+        {
+            "scale": 0.5,
+            "logits_soft_cap": 3.0,
+            "logit_bias": 0.5,
+            "bias": normal(5, 1, 2, T, S),
+            "alibi_slopes": SLOPES,
+            "sink": SINK,
+            "query_offset": OFFSET,
+            "mask": masks.causal(OFFSET)
+            & masks.window(120, 0, OFFSET)
+            & SEGMENTS
+            & LENGTHS
+            & masks.dilated(2)
+            & masks.dense(_some(2, 1, T, S)),
+        },
+        batch=2,
+    ),
+}
+# Blocks of 16 tokens are gathered 32 at a time, each by its own copies, which take long to simulate.
+BLOCK_LISTS = {
+    "blocks of 16": block_list(16, 16, queries=40, keys=100, heads=1, key_heads=1),
+    "blocks of 32 by 64": block_list(32, 64, lists=2),
+    "blocks of 64 by 32": block_list(64, 32, lists=2, longest=4),
+    "blocks of 48 by 96": block_list(48, 96),
+    "blocks of 128": block_list(128, 128, queries=300, keys=500),
+    "blocks of 128, of heads and batch": block_list(128, 128, lists=4, batch=2, **GROUPED),
+    "blocks of 128, of key heads": block_list(128, 128, lists=2, **GROUPED),
+    "blocks of 256 by 128": block_list(256, 128, queries=300, keys=300),
+    "blocks of 128 by 256": block_list(128, 256, queries=300, keys=600),
+    "blocks, causal": block_list(64, 128, options={"mask": masks.causal(20)}, keys=300),
+    "blocks, segments": block_list(128, 64, options={"mask": SEGMENTS}),
+    "blocks, segments of heads": block_list(
+        128, 128, options={"mask": masks.segments(_ids(1, 4, T), _ids(1, S))}, lists=2, **GROUPED
+    ),
+    "blocks, terms": block_list(
+        128,
+        128,
+        options={
+            "alibi_slopes": SLOPES,
+            "sink": SINK,
+            "bias": normal(5, 1, 2, 1, S),
+            "query_offset": 40,
+        },
+    ),
+    "blocks, sigmoid": block_list(128, 128, options={"weights": "sigmoid"}),
+    "no blocks": Call({"mask": masks.blocks([[[[0], [1]]]], [[[0, 0]]], 128, 128)}),
+}
+SHAPES = {
+    "grouped": Call({"mask": masks.causal(30), "alibi_slopes": normal(6, 4)}, batch=2, **GROUPED),
+    "one key head": Call(heads=3, key_heads=1),
+    "fewer value heads": Call(heads=4, key_heads=4, value_heads=2),
+    "fewer key heads": Call(heads=4, key_heads=2, value_heads=4),
+    "wide values": Call(width=64),
+    "narrow values": Call(features=64, width=16),
+    "80 features": Call(features=80, width=96),
+    "one query": Call(queries=1, keys=300, batch=2, **GROUPED),
+    "one key": Call(keys=1),
+    "one of each": Call(queries=1, keys=1),
+    "few": Call({"mask": masks.causal()}, queries=7, keys=7),
+    "bfloat16": Call({"mask": masks.causal(50)}, dtype=jnp.bfloat16, batch=2, **GROUPED),
+    "float16": Call({"mask": masks.causal(50)}, dtype=jnp.float16, **GROUPED),
+    "bfloat16 blocks": block_list(64, 64, dtype=jnp.bfloat16),
+    "bfloat16 sigmoid": Call({"weights": "sigmoid"}, dtype=jnp.bfloat16),
+    "float16 softplus": Call({"weights": "softplus"}, dtype=jnp.float16),
+}
+FEATURES = SCORES | MASKS | BLOCK_LISTS | SHAPES
