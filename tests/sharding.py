@@ -6,7 +6,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-_COLLECTIVE = re.compile(
+COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
     r"|ragged-all-to-all)(?:-start)?\("
 )
@@ -24,4 +24,4 @@ def place(mesh: jax.sharding.Mesh, array: jax.Array, *spec) -> jax.Array:
 
 def collectives(function, *args) -> list[str]:
     """Returns the names of the collectives of a jitted function, compiled for its arguments."""
-    return _COLLECTIVE.findall(jax.jit(function).lower(*args).compile().as_text())
+    return COLLECTIVE.findall(jax.jit(function).lower(*args).compile().as_text())

@@ -23,7 +23,7 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Call:
     """A call: its shapes, and all arguments but query, key and value."""
 
@@ -37,27 +37,35 @@ class Call:
     features: int = 32
     width: int | None = None
     dtype: Any = jnp.float32
-    magnitude: float = 1.0  # of the queries
 
     @property
     def normalises(self) -> bool:
         return self.options.get("normalise", self.options.get("weights") != "sigmoid")
 
     @property
-    def arrays(self) -> dict[str, jax.Array]:
-        """Returns the arguments by which the call is differentiated."""
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the types of the arguments by which the call is differentiated."""
         shapes = {
             "query": (self.queries, self.heads, self.features),
             "key": (self.keys, self.key_heads, self.features),
             "value": (self.keys, self.value_heads or self.key_heads, self.width or self.features),
         }
         arrays = {
-            name: normal(seed, self.batch, *shape, dtype=self.dtype)
-            for seed, (name, shape) in enumerate(shapes.items())
+            name: jax.ShapeDtypeStruct((self.batch, *shape), self.dtype)
+            for name, shape in shapes.items()
         }
-        arrays["query"] *= self.magnitude
-        learned = {n: jnp.asarray(self.options[n]) for n in LEARNED if n in self.options}
+        learned = {n: jax.typeof(self.options[n]) for n in LEARNED if n in self.options}
         return arrays | learned
+
+    @property
+    def arrays(self) -> dict[str, jax.Array]:
+        """Returns the arguments by which the call is differentiated."""
+        return {
+            name: jnp.asarray(self.options[name])
+            if name in LEARNED
+            else normal(seed, *x.shape, dtype=x.dtype)
+            for seed, (name, x) in enumerate(self.shapes.items())
+        }
 
     @property
     def others(self) -> dict[str, Any]:
@@ -122,7 +130,6 @@ GROUPED = {"heads": 4, "key_heads": 2}
 
 SCORES = {
     "plain": Call(),
-    "scale": Call({"scale": 0.7}),
     "scale of zero": Call({"scale": 0.0}),
     "negative scale": Call({"scale": -0.3}),
     "soft cap": Call({"logits_soft_cap": 1.5, "scale": 0.5}),
@@ -130,18 +137,17 @@ SCORES = {
     "bias of batch": Call({"bias": normal(5, 2, 1, T, S)}, batch=2),
     "bias of keys": Call({"bias": normal(5, 2, 1, 1, S)}, batch=2),
     "bias of queries": Call({"bias": normal(5, 1, 2, T, 1), "sink": SINK}),
-    "bias of heads": Call({"bias": normal(5, 1, 2, 1, 1), "sink": SINK}),
     "alibi with offsets": Call({"alibi_slopes": SLOPES, "query_offset": OFFSET}, batch=2),
     "sink": Call({"sink": SINK}),
-    "sink of rows": Call({"sink": normal(6, 2, T, 2)}, batch=2),
-    "bounded": Call({"logits_bound": 30.0}),
-    "bounded, sink": Call({"logits_bound": 30.0, "sink": SINK}),
+    "sink of rows, bias of heads": Call(
+        {"sink": normal(6, 2, T, 2), "bias": normal(5, 1, 2, 1, 1)}, batch=2
+    ),
+    "bounded, sink": Call({"logits_bound": 30.0, "sink": SINK, "scale": 0.2}),
     "bounded by a soft cap": Call({"logits_soft_cap": 2.0, "logit_bias": 1.5}),
     "sigmoid": Call({"weights": "sigmoid", "logit_bias": -3.0}),
     "sigmoid, traced logit bias": Call({"weights": "sigmoid", "logit_bias": jnp.float32(-3)}),
     "normalised sigmoid": Call({"weights": "sigmoid", "normalise": True, "alibi_slopes": SLOPES}),
     "softplus": Call({"weights": "softplus"}),
-    "softplus as it is": Call({"weights": "softplus", "normalise": False, "logits_soft_cap": 2.0}),
     "relu": Call({"weights": "relu", "sink": SINK}),
     "relu as it is": Call({"weights": "relu", "normalise": False}),
 }
@@ -154,14 +160,15 @@ MASKS = {
     "dynamic window": Call({"mask": masks.window(np.array([2, 90]), None, OFFSET)}, batch=2),
     "prefix": Call({"mask": masks.prefix(np.array([40, 170]), 20)}, batch=2),
     "segments": Call({"mask": SEGMENTS}),
-    "segments of one sequence": Call({"mask": masks.segments(_ids(2, T))}, batch=2, keys=T),
+    "segments of one sequence": Call({"mask": masks.segments(_ids(1, T))}, keys=T),
     "segments of heads": Call({"mask": masks.segments(_ids(1, 2, T), _ids(1, 2, S) - 1)}),
     "segments of key heads": Call({"mask": masks.segments(_ids(1, 2, T), _ids(1, S))}, **GROUPED),
     "lengths": Call({"mask": LENGTHS}, batch=2),
     "dilated": Call({"mask": masks.dilated(3, 1)}),
     "dense": Call({"mask": masks.dense(_some(1, 2, T, S))}),
-    "dense of keys": Call({"mask": masks.dense(_some(2, 1, 1, S))}, batch=2),
-    "dense of queries": Call({"mask": masks.dense(_some(1, 2, T, 1))}),
+    "dense of queries, of keys": Call(
+        {"mask": masks.dense(_some(1, 2, T, 1)) & masks.dense(_some(2, 1, 1, S))}, batch=2
+    ),
     "rule": Call({"mask": masks.rule(jnp.less, normal(7, 2, 2, T), normal(8, 1, S))}, batch=2),
     "everything": Call(
         {
@@ -182,12 +189,12 @@ MASKS = {
         batch=2,
     ),
 }
-# Blocks of 16 tokens are gathered 32 at a time, each by its own copies, which take long to simulate.
+# Short blocks are gathered, each by its own copies, which take long to simulate.
 BLOCK_LISTS = {
-    "blocks of 16": block_list(16, 16, queries=40, keys=100, heads=1, key_heads=1),
-    "blocks of 32 by 64": block_list(32, 64, lists=2),
-    "blocks of 64 by 32": block_list(64, 32, lists=2, longest=4),
-    "blocks of 48 by 96": block_list(48, 96),
+    "blocks of 16": block_list(16, 16, queries=40, keys=60, heads=1, key_heads=1),
+    "blocks of 32 by 64": block_list(32, 64, queries=90, keys=150, heads=1, key_heads=1),
+    "blocks of 64 by 32": block_list(64, 32, queries=90, keys=150, lists=2, longest=4),
+    "blocks of 48 by 96": block_list(48, 96, queries=60, heads=1, key_heads=1),
     "blocks of 128": block_list(128, 128, queries=300, keys=500),
     "blocks of 128, of heads and batch": block_list(128, 128, lists=4, batch=2, **GROUPED),
     "blocks of 128, of key heads": block_list(128, 128, lists=2, **GROUPED),
@@ -212,21 +219,19 @@ BLOCK_LISTS = {
     "no blocks": Call({"mask": masks.blocks([[[[0], [1]]]], [[[0, 0]]], 128, 128)}),
 }
 SHAPES = {
-    "grouped": Call({"mask": masks.causal(30), "alibi_slopes": normal(6, 4)}, batch=2, **GROUPED),
+    "grouped": Call(
+        {"mask": masks.causal(30), "alibi_slopes": np.float32([0.5, 0.2, 0.1, 0.0])}, **GROUPED
+    ),
     "one key head": Call(heads=3, key_heads=1),
-    "fewer value heads": Call(heads=4, key_heads=4, value_heads=2),
-    "fewer key heads": Call(heads=4, key_heads=2, value_heads=4),
-    "wide values": Call(width=64),
-    "narrow values": Call(features=64, width=16),
+    "fewer value heads": Call(heads=4, key_heads=4, value_heads=2, width=64),
+    "fewer key heads": Call(heads=4, key_heads=2, value_heads=4, features=64, width=16),
     "80 features": Call(features=80, width=96),
     "one query": Call(queries=1, keys=300, batch=2, **GROUPED),
-    "one key": Call(keys=1),
-    "one of each": Call(queries=1, keys=1),
+    "one key": Call(keys=1, batch=2),
     "few": Call({"mask": masks.causal()}, queries=7, keys=7),
-    "bfloat16": Call({"mask": masks.causal(50)}, dtype=jnp.bfloat16, batch=2, **GROUPED),
+    "bfloat16": Call({"mask": masks.causal(50)}, dtype=jnp.bfloat16, **GROUPED),
     "float16": Call({"mask": masks.causal(50)}, dtype=jnp.float16, **GROUPED),
-    "bfloat16 blocks": block_list(64, 64, dtype=jnp.bfloat16),
+    "bfloat16 blocks": block_list(128, 128, dtype=jnp.bfloat16),
     "bfloat16 sigmoid": Call({"weights": "sigmoid"}, dtype=jnp.bfloat16),
-    "float16 softplus": Call({"weights": "softplus"}, dtype=jnp.float16),
 }
 FEATURES = SCORES | MASKS | BLOCK_LISTS | SHAPES

@@ -35,41 +35,267 @@ def interpreted(**params):
         yield
 
 
-def _run(call, arrays, implementation, **options):
-    """Returns results and gradients by all arrays."""
+def _function(call, implementation, **options):
+    """Returns a jitted function to gradients by all arrays, and results."""
 
     @jax.jit
-    def run(arrays):
+    def run(arrays, mask):
         def loss(arrays):
-            return call.loss(arrays, implementation=implementation, **options)
+            return call.loss(arrays, mask=mask, implementation=implementation, **options)
 
         return jax.grad(loss, has_aux=True)(arrays)
 
-    gradients, results = run(arrays)
-    return results, gradients
+    return run
 
 
-def _kernel(call, arrays=None, **params):
+def _kernel(call, **params):
     with interpreted(**params):
-        arrays = call.arrays if arrays is None else arrays
-        return jax.block_until_ready(_run(call, arrays, "pallas_tpu"))
+        run = _function(call, "pallas_tpu")
+        return jax.block_until_ready(run(call.arrays, call.options.get("mask")))
 
 
 def _defined(call):
     """Returns the same in float32."""
     arrays = jax.tree.map(lambda x: x.astype(jnp.float32), call.arrays)
-    return _run(call, arrays, "reference")
+    return _function(call, "reference")(arrays, call.options.get("mask"))
 
 
 def _check(call, factor=1.0):
-    actual = _kernel(call)
-    results, gradients = actual
+    gradients, results = _kernel(call)
     assert results[0].dtype == call.dtype
     assert {x.dtype for x in results[1:]} <= {jnp.dtype("float32")}
     chex.assert_trees_all_equal_dtypes(gradients, call.arrays)
-    assert_close(actual, _defined(call), call.dtype, factor)
+    assert_close((gradients, results), _defined(call), call.dtype, factor)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_results_and_gradients(feature):
     _check(FEATURES[feature])
+
+
+def test_one_query_and_one_key():
+    _check(Call(queries=1, keys=1), factor=2)  # a gradient may be one small number, not many
+
+
+LONG = Call({"mask": masks.causal(900)}, queries=1200, keys=2100, heads=1, key_heads=1)
+
+
+@pytest.mark.parametrize("tile_sizes", [None, (32, 512), (300, 1)])
+def test_tile_sizes(tile_sizes):
+    call = LONG if tile_sizes is None else FEATURES["causal"]
+    call = dataclasses.replace(call, options={**call.options, "tile_sizes": tile_sizes})
+    _check(call)
+
+
+@pytest.fixture
+def generation_6(monkeypatch):
+    """Makes the kernels those of v6e: other tiles, and sums that are kept transposed."""
+    asked = []
+
+    def generation():
+        asked.append(True)
+        return 6
+
+    monkeypatch.setattr(tiles, "generation", generation)
+    jax.clear_caches()
+    yield
+    assert asked
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("generation_6")
+@pytest.mark.parametrize(
+    "feature",
+    ["alibi with offsets", "everything", "grouped", "blocks of 128", "80 features", "long"],
+)
+def test_generation_6(feature):
+    call = FEATURES.get(feature, LONG)
+    _check(dataclasses.replace(call, options={"tile_sizes": None, **call.options}))
+
+
+SLOPED = Call(
+    {"mask": masks.causal(-20), "alibi_slopes": np.float32([0.5, 0.2])}, queries=600, keys=500
+)
+LISTED = block_list(128, 128, queries=300, heads=2, key_heads=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "fixture"),
+    [(SLOPED, "clean_state"), (LISTED, "clean_state"), (SLOPED, "generation_6")],
+    ids=["rows", "blocks", "generation 6"],
+)
+def test_spans_of_queries(call, fixture, request, monkeypatch):
+    """Gradients of queries that are more than one kernel holds are made by several kernels."""
+    request.getfixturevalue(fixture)
+    spans = []
+
+    def recorded(*args, original=tpu_backward._call):
+        spans.append(args[5])
+        return original(*args)
+
+    monkeypatch.setattr(tpu_backward, "SPAN_BYTES", 1)
+    monkeypatch.setattr(tpu_backward, "_call", recorded)
+    jax.clear_caches()
+    _check(call, factor=2)  # a gradient of slopes is two numbers, sums of terms of either sign
+    jax.clear_caches()
+    assert spans == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("feature", ["grouped", "blocks of 128, of key heads"])
+def test_the_order_of_the_grid_does_not_matter(feature):
+    """What is summed over tiles of a grid must not be called parallel."""
+    # A seed is an order of the parallel dimensions; None is the plain one.
+    results = [_kernel(FEATURES[feature], random_seed=seed) for seed in (None, 1, 2)]
+    chex.assert_trees_all_equal(*results)
+
+
+@pytest.mark.parametrize("feature", ["lengths", "prefix"])
+def test_what_a_range_hides_may_be_anything(feature):
+    """NaN beyond lengths and ranges changes no bit of results and gradients."""
+    call = FEATURES[feature]
+    mask, arrays = call.options["mask"], call.arrays
+    seen = np.asarray(mask.to_dense(call.queries, call.keys))[:, 0]
+    hidden = {"query": ~seen.any(2), "key": ~seen.any(1), "value": ~seen.any(1)}
+    assert hidden["key"].any()
+    poisoned = arrays | {
+        name: jnp.where(rows[..., None, None], jnp.nan, arrays[name])
+        for name, rows in hidden.items()
+    }
+    with interpreted():
+        run = _function(call, "pallas_tpu")
+        clean, result = (jax.block_until_ready(run(x, mask)) for x in (arrays, poisoned))
+    chex.assert_trees_all_equal(result, clean)
+    for name, rows in hidden.items():
+        np.testing.assert_array_equal(clean[0][name][rows], 0)
+
+
+def test_what_stands_behind_the_end_of_a_list_may_be_anything():
+    call = FEATURES["blocks of 128"]
+    mask = call.options["mask"]
+    listed = jnp.arange(mask.indices.shape[-1]) < mask.counts[..., None]
+    assert not listed.all()
+    with interpreted():
+        run = _function(call, "pallas_tpu")
+        clean, *others = (
+            run(
+                call.arrays,
+                dataclasses.replace(mask, indices=jnp.where(listed, mask.indices, number)),
+            )
+            for number in (0, -1, -(2**31), 2**31 - 1)
+        )
+    for other in others:
+        chex.assert_trees_all_equal(other, clean)
+
+
+def test_a_nan_that_is_seen_shows():
+    call = Call({"mask": masks.causal()}, batch=2)
+    arrays = call.arrays
+    arrays["key"] = arrays["key"].at[0, 140].set(jnp.nan)
+    with interpreted():
+        run = jax.jit(lambda x: call(x, implementation="pallas_tpu")[0])
+        out = jax.block_until_ready(run(arrays))
+    sees = (np.arange(call.queries) >= 140) & np.array([[True], [False]])
+    np.testing.assert_array_equal(jnp.isnan(out).any((2, 3)), sees)
+
+
+@pytest.mark.parametrize(("hide", "sink"), [("mask", None), ("bias", np.float32([-1, 3]))])
+def test_a_query_without_keys(hide, sink):
+    hidden = np.isin(np.arange(150), [*range(5, 9), *range(130, 150)])
+    if hide == "mask":
+        options = {"mask": masks.dense(~hidden[:, None])}
+    else:
+        options = {"bias": jnp.where(hidden, -jnp.inf, 0.0)[:, None]}
+    call = Call(options | ({} if sink is None else {"sink": sink}))
+    with interpreted():
+
+        @jax.jit
+        def run(arrays):
+            (out, lse), vjp = jax.vjp(lambda x: call(x, implementation="pallas_tpu"), arrays)
+            # Whatever cotangents a result of nothing has are no matter.
+            bad = jnp.isneginf(lse)
+            d_out, d_lse = call.cotangents()
+            cotangents = jnp.where(bad[..., None], jnp.nan, d_out), jnp.where(bad, jnp.nan, d_lse)
+            return out, lse, vjp(cotangents)[0]
+
+        out, lse, gradients = jax.block_until_ready(run(call.arrays))
+    np.testing.assert_array_equal(out[:, hidden], 0)
+    expected = np.full(2, -np.inf, np.float32) if sink is None else sink
+    np.testing.assert_allclose(lse[0, hidden], np.tile(expected, (hidden.sum(), 1)), rtol=3e-7)
+    np.testing.assert_array_equal(gradients["query"][:, hidden], 0)
+    chex.assert_tree_all_finite((out, gradients))
+    assert (gradients["query"][:, ~hidden] != 0).all()
+
+
+@pytest.mark.parametrize("weights", ["softmax", "softplus"])
+def test_logits_of_ten_thousand(weights):
+    # Integers, so that logits are exact. Of weights, exp(logit - lse), the backward can know no
+    # more than lse holds: 24 bits of 1e4.
+    call = Call({"weights": weights, "scale": 1.0})
+    arrays = call.arrays
+    arrays |= {name: jnp.round(25 * arrays[name]) for name in ("query", "key")}
+    assert jnp.abs(jnp.einsum("btnh,bsnh->bnts", arrays["query"], arrays["key"])).max() > 1e4
+    with interpreted():
+        actual = jax.block_until_ready(_function(call, "pallas_tpu")(arrays, None))
+    chex.assert_tree_all_finite(actual)
+    expected = _function(call, "reference")(arrays, None)
+    assert_close(actual[1], expected[1])
+    assert_close(actual[0], expected[0], factor=1e4 * 2**-24 / LIMITS["float32"])
+
+
+X = normal(0, 1, 32, 2, 16)
+LISTS = masks.blocks(np.zeros((1, 1, 2, 1), int), np.ones((1, 1, 2), int), 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"relative_bias": jnp.ones((1, 3))}, "it has no relative_bias"),
+        ({"mask": LISTS & LISTS}, "it takes one block list, not several"),
+        (
+            {"mask": masks.blocks(np.zeros((1, 1, 2, 1), int), np.ones((1, 1, 2), int), 24, 16)},
+            "blocks of a list must be multiples of 16 tokens; got block_q 24 and block_k 16",
+        ),
+        (
+            {"mask": LISTS & masks.dense(np.ones((32, 32), bool))},
+            "a bias or dense mask over queries and keys does not go with a block list",
+        ),
+    ],
+)
+def test_what_the_kernel_lacks_is_refused_by_name(options, reason):
+    with pytest.raises(NotImplementedError, match=f"tiled_attention: .*'pallas_tpu'.*{reason}"):
+        tiled_attention(X, X, X, **options, implementation="pallas_tpu")
+    # Whoever does not ask for it gets another one.
+    chex.assert_tree_all_finite(tiled_attention(X, X, X, **options))
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_is_refused_by_name():
+    x = jnp.asarray(X, jnp.float64)
+    with pytest.raises(NotImplementedError, match=r"'pallas_tpu'.*it does not compute in float64"):
+        tiled_attention(x, x, x, implementation="pallas_tpu")
+
+
+def test_the_gradient_of_a_bias_is_refused_by_name():
+    def loss(bias):
+        return tiled_attention(X, X, X, bias=bias, implementation="pallas_tpu").sum()
+
+    with interpreted(), pytest.raises(NotImplementedError, match=r"it has no gradient of bias"):
+        jax.grad(loss)(jnp.zeros((1, 2, 32, 32)))
+
+
+def test_a_user_without_tpu_never_traces_the_kernel(monkeypatch):
+    def traced(*_):
+        raise AssertionError("the TPU kernel is traced")
+
+    monkeypatch.setattr(tpu, "forward", traced)
+    monkeypatch.setattr(tpu, "backward", traced)
+    jax.clear_caches()
+
+    def loss(query):
+        return tiled_attention(query, X, X).sum()
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    chex.assert_tree_all_finite(gradient(X))
+    with pytest.raises(AssertionError, match="the TPU kernel is traced"):
+        gradient.trace(X).lower(lowering_platforms=("tpu",))
+    jax.clear_caches()
