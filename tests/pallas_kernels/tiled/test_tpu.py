@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
 
 from pallas_kernels import masks
+from pallas_kernels.partition import axes
 from pallas_kernels.tiled import tiled_attention, tiles, tpu, tpu_backward
 from tests.numerics import LIMITS, assert_close
 from tests.pallas_kernels.tiled.features import FEATURES, Call, block_list, normal
+from tests.sharding import mesh, place
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "clean_state")
 
@@ -77,13 +80,14 @@ def test_one_query_and_one_key():
     _check(Call(queries=1, keys=1), factor=2)  # a gradient may be one small number, not many
 
 
-LONG = Call({"mask": masks.causal(900)}, queries=1200, keys=2100, heads=1, key_heads=1)
+DEFAULT_TILES = Call(
+    {"mask": masks.causal(900), "tile_sizes": None}, queries=1200, keys=2100, heads=1, key_heads=1
+)
+ODD_TILES = Call({"mask": masks.causal(), "tile_sizes": (33, 500)}, keys=600)
 
 
-@pytest.mark.parametrize("tile_sizes", [None, (32, 512), (300, 1)])
-def test_tile_sizes(tile_sizes):
-    call = LONG if tile_sizes is None else FEATURES["causal"]
-    call = dataclasses.replace(call, options={**call.options, "tile_sizes": tile_sizes})
+@pytest.mark.parametrize("call", [DEFAULT_TILES, ODD_TILES], ids=["default", "odd"])
+def test_tile_sizes(call):
     _check(call)
 
 
@@ -106,11 +110,17 @@ def generation_6(monkeypatch):
 @pytest.mark.usefixtures("generation_6")
 @pytest.mark.parametrize(
     "feature",
-    ["alibi with offsets", "everything", "grouped", "blocks of 128", "80 features", "long"],
+    [
+        "alibi with offsets",
+        "everything",
+        "grouped",
+        "blocks of 128",
+        "80 features",
+        "default tiles",
+    ],
 )
 def test_generation_6(feature):
-    call = FEATURES.get(feature, LONG)
-    _check(dataclasses.replace(call, options={"tile_sizes": None, **call.options}))
+    _check(FEATURES.get(feature, DEFAULT_TILES))
 
 
 SLOPED = Call(
@@ -240,6 +250,29 @@ def test_logits_of_ten_thousand(weights):
     expected = _function(call, "reference")(arrays, None)
     assert_close(actual[1], expected[1])
     assert_close(actual[0], expected[0], factor=1e4 * 2**-24 / LIMITS["float32"])
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded(kind):
+    """Over eight devices, each with its part of batch and heads."""
+    call = Call(
+        {"mask": masks.causal(), "sink": np.float32([-1, 3, 0, 1])},
+        batch=4,
+        queries=20,
+        keys=30,
+        heads=4,
+        features=16,
+    )
+    expected = _defined(call)
+    devices = mesh(kind)
+    arrays = {
+        name: place(devices, x, *(("data", None, "tensor") if x.ndim == 4 else ()))
+        for name, x in call.arrays.items()
+    }
+    with jax.set_mesh(devices), axes(batch="data", heads="tensor"), interpreted():
+        actual = _function(call, "pallas_tpu")(arrays, call.options["mask"])
+        assert_close(jax.block_until_ready(actual), expected)
+        assert actual[1][0].sharding.spec[:3] == ("data", None, "tensor")
 
 
 X = normal(0, 1, 32, 2, 16)

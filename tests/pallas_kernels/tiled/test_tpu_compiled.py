@@ -1,5 +1,6 @@
 """The TPU kernel of tiled attention, compiled for TPUs on a machine that has none."""
 
+import dataclasses
 import time
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import masks
 from pallas_kernels.partition import axes
-from pallas_kernels.tiled import tiled_attention
+from pallas_kernels.tiled import tiled_attention, tpu_backward
 from tests.pallas_kernels.tiled.features import FEATURES, Call
 from tests.sharding import COLLECTIVE
 from tests.tpu import compile_for_tpu, tpu_mesh
@@ -53,22 +54,10 @@ def test_feature(feature, topology):
     assert _kernels(_text(*_gradients(FEATURES[feature]), topology=topology)) == 2
 
 
-HEADS = [(features, jnp.bfloat16) for features in (32, 64, 80, 96, 128, 192, 256)]
-HEADS += [(128, jnp.float32), (128, jnp.float16)]
-
-
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize(("features", "dtype"), HEADS)
-def test_features_of_a_head(features, dtype, topology):
-    """Tiles of the default size."""
-    call = Call(
-        {"mask": masks.causal(), "tile_sizes": None},
-        queries=2048,
-        keys=2048,
-        key_heads=1,
-        features=features,
-        dtype=dtype,
-    )
+@pytest.mark.parametrize("features", [32, 64, 80, 96, 128, 192, 256])
+def test_features_of_a_head(features, topology):
+    call = Call({"mask": masks.causal()}, features=features, dtype=jnp.bfloat16)
     assert _kernels(_text(*_gradients(call), topology=topology)) == 2
 
 
@@ -79,20 +68,17 @@ def test_forward_alone(topology):
 
 
 CROSS = Call(batch=2, queries=1, keys=5000, heads=4, features=64, dtype=jnp.bfloat16)
-LONG = Call(
-    {"mask": masks.causal(), "tile_sizes": None},
-    queries=2**15,
-    keys=2**15,
-    heads=4,
-    features=128,
-    dtype=jnp.bfloat16,
-)
+LONG = Call({"mask": masks.causal()}, queries=2**15, keys=2**15, features=128, dtype=jnp.bfloat16)
+WIDE = Call(queries=3000, keys=3000, features=256)
+LENGTHS = {"one query": CROSS, "32k tokens": LONG, "256 features of float32": WIDE}
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("call", [CROSS, LONG], ids=["one query", "32k tokens"])
-def test_lengths(call, topology):
-    assert _kernels(_text(*_gradients(call), topology=topology)) >= 2
+@pytest.mark.parametrize("call", LENGTHS.values(), ids=LENGTHS)
+def test_tiles_of_the_default_size(call, topology):
+    call = dataclasses.replace(call, options={**call.options, "tile_sizes": None})
+    spans = max(call.queries * max(call.features, 128) * 4 // tpu_backward.SPAN_BYTES, 1)
+    assert _kernels(_text(*_gradients(call), topology=topology)) == 1 + spans
 
 
 def _listed(tokens, kept, batch=4, heads=16):
@@ -115,7 +101,7 @@ def test_gradients_with_block_lists():
     def loss(*args):
         return _with_lists(*args).astype(jnp.float32).sum()
 
-    assert _kernels(_text(jax.grad(loss), *_listed(2**13, 32))) == 2
+    assert _kernels(_text(jax.grad(loss), *_listed(2**12, 16))) == 2
 
 
 def test_a_gradient_of_a_bias_is_made_without_a_kernel():
