@@ -404,6 +404,12 @@ def chosen(
     return best if cost(best) < 0.75 * cost(default) else default
 
 
+def limited(x: Inputs, size: int) -> int:
+    """Returns the size of a tile, less where more is copied or each product takes several passes."""
+    several = x.query.dtype != jnp.bfloat16
+    return min(size, 512) if several or has_scores(x) else size
+
+
 def even(count: int, most: int) -> int:
     """Returns the size of tiles, of about equal sizes, that cover a number of tokens."""
     # 32 rows are a register of 8-bit values. Multiples of 256 have parts of a good size.

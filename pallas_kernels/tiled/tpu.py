@@ -220,7 +220,7 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
         tile_q, tile_k, part = tiles.chosen(TILES, Grid(queries, keys, 0, 0), x.mask, 0)
         if x.table is not None and tile_q > 1024:  # registers would spill
             tile_q, part = 1024, 512
-        tile_q = min(tile_q, 512) if tiles.has_scores(x) else tile_q
+        tile_q, tile_k = tiles.limited(x, tile_q), tiles.limited(x, tile_k)
         rows = tiles.even(queries, options.tile_q or tile_q)
         columns, pieces = max(tiles.even(keys, options.tile_k or tile_k), LANES), 1
         part = next(size for size in (part, 256, LANES) if columns % size == 0)

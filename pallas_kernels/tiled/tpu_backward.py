@@ -324,7 +324,7 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
         tile_q, tile_k, column_part, row_part = tiles.chosen(
             TILES, Grid(queries, keys, 0, 0), x.mask, 1
         )
-        tile_k = min(tile_k, 512) if tiles.has_scores(x) else tile_k
+        tile_q, tile_k = tiles.limited(x, tile_q), tiles.limited(x, tile_k)
         rows = tiles.even(keys, options.tile_k or tile_k)
         columns, pieces = max(tiles.even(queries, options.tile_q or tile_q), LANES), 1
         row_part = next(s for s in (row_part, 256, LANES, rows) if rows % s == 0)
