@@ -405,7 +405,7 @@ def chosen(
 
 
 def limited(x: Inputs, size: int) -> int:
-    """Returns the size of a tile, less where more is copied or each product takes several passes."""
+    """Returns the size of a tile: less where more is copied, or products take several passes."""
     several = x.query.dtype != jnp.bfloat16
     return min(size, 512) if several or has_scores(x) else size
 
