@@ -375,7 +375,7 @@ QUERY, KEY, VALUE = _arrays()
         (
             {"implementation": "pallas_gpu"},
             NotImplementedError,
-            r"softmax_attention: implementation 'pallas_gpu' does not .* it has xla, reference",
+            r"softmax_attention: implementation 'pallas_gpu' does not .* it has xla, pallas_tpu,",
         ),
     ],
 )
@@ -404,7 +404,7 @@ def test_the_record_states_what_is_there():
     record = attention.catalogue.get("softmax_attention")
     assert record.function is attention.softmax_attention
     assert record.step is attention.softmax_attention_step
-    assert set(record.implementations) == set(IMPLEMENTATIONS)
+    assert set(record.implementations) == {*IMPLEMENTATIONS, "pallas_tpu"}
     assert len(record.patterns) == 4 and record.kernel == "tiled" and not record.has_weights
 
 
