@@ -103,7 +103,7 @@ class Tiles(NamedTuple):
         """Takes from values [B|1, N|K|1, rows|1, all columns] those of the tiles of keys."""
         if self.number.ndim == 2:
             return values
-        values, number = _matched(values, self.number)
+        values, number = same_heads(values, self.number)
         return jnp.take_along_axis(values, number, axis=3)
 
 
@@ -156,10 +156,8 @@ class Mask:
     def tile(self, tile: Tile) -> Bool[Array, "B|1 N|K|1 rows|1 columns|1"]:
         """Evaluates a prepared mask on a tile that lies inside of the mask's shape."""
         leaves, tree = jax.tree.flatten(self)
-        leaves = list(map(functools.partial(_on_tile, tile), leaves, self.dims()))
-        heads = max((leaf.shape[1] for leaf in leaves), default=1)
-        on_tile = tree.unflatten([repeated(leaf, heads) for leaf in leaves])
-        return on_tile.allowed(tile.queries, tile.keys)
+        leaves = map(functools.partial(_on_tile, tile), leaves, self.dims())
+        return tree.unflatten(same_heads(*leaves)).allowed(tile.queries, tile.keys)
 
     def allowed(self, queries: Array, keys: Array) -> Array:
         """Evaluates a mask whose leaves are cut to a tile: the definition of a mask.
@@ -232,9 +230,7 @@ class And(Mask):
         return And(tuple(mask.prepared(queries, keys) for mask in self.masks))
 
     def tile(self, tile: Tile) -> Array:
-        tiles = [mask.tile(tile) for mask in self.masks]
-        heads = max(t.shape[1] for t in tiles)
-        return functools.reduce(operator.and_, (repeated(t, heads) for t in tiles))
+        return _all([mask.tile(tile) for mask in self.masks])
 
     def allowed(self, queries: Array, keys: Array) -> Array:
         return functools.reduce(operator.and_, (m.allowed(queries, keys) for m in self.masks))
@@ -387,7 +383,7 @@ class Segments(Mask):
         return same | (self.key_ids == -1) if self.shared else same
 
     def occupancy(self, rows: Tiles, columns: Tiles) -> tuple[Array, Array]:
-        query_ids, key_ids = _matched(self.query_ids, self.key_ids)
+        query_ids, key_ids = same_heads(self.query_ids, self.key_ids)
         query_low, query_high = (
             rows.reduced(query_ids, 2, monoid)[..., None] for monoid in (jnp.min, jnp.max)
         )
@@ -778,10 +774,8 @@ def _on_tile(tile: Tile, leaf: Array, dims: str) -> Array:
 
 
 def _all(conditions: Sequence[Array]) -> Array:
-    """Joins conditions per tile, [rows, columns] or [B|1, N|K|1, rows, columns]."""
-    heads = max((c.shape[1] for c in conditions if c.ndim == 4), default=1)
-    conditions = (repeated(c, heads) if c.ndim == 4 else c for c in conditions)
-    return functools.reduce(operator.and_, conditions)
+    """Joins conditions, [rows, columns] or [B|1, N|K|1, rows, columns]."""
+    return functools.reduce(operator.and_, same_heads(*conditions))
 
 
 def _listed_range(
@@ -870,16 +864,18 @@ def _check_dims(name: str, array: Array, sizes: Sequence[int | None]) -> None:
         raise ValueError(f"{name}: shape {array.shape} does not broadcast to ({wanted})")
 
 
-def repeated(array: Array, heads: int) -> Array:
-    """Repeats values of head groups, in dimension 1, for the heads of each group."""
-    if array.shape[1] in (1, heads):
-        return array
-    return jnp.repeat(array, heads // array.shape[1], axis=1)
+def same_heads(*arrays: Array) -> tuple[Array, ...]:
+    """Repeats values of head groups, in dimension 1, for the heads of each group.
 
-
-def _matched(a: Array, b: Array) -> tuple[Array, Array]:
-    heads = max(a.shape[1], b.shape[1])
-    return repeated(a, heads), repeated(b, heads)
+    Arrays of two dimensions have no heads, and stay as they are.
+    """
+    heads = max((array.shape[1] for array in arrays if array.ndim > 2), default=1)
+    return tuple(
+        array
+        if array.ndim == 2 or array.shape[1] in (1, heads)
+        else jnp.repeat(array, heads // array.shape[1], axis=1)
+        for array in arrays
+    )
 
 
 def _sliced(array: Array, axis: int, start: Bound, size: int) -> Array:

@@ -73,11 +73,11 @@ def schedule(
     if lists and not transposed:
         number, listed = _listed(*lists, grid)
         some, every = _occupancy(rest, grid, number)
-        number, listed, some, every = _same_heads(number, listed, some, every)
+        number, listed, some, every = masks.same_heads(number, listed, some, every)
         return _packed(some & listed, every, number, span)
     some, every = _occupancy(rest, grid, _numbers(grid)[1])
     if lists:
-        some, every, kept = _same_heads(some, every, _kept(*lists, grid))
+        some, every, kept = masks.same_heads(some, every, _kept(*lists, grid))
         some = some & kept
     if transposed:
         some, every = jnp.swapaxes(some, -1, -2), jnp.swapaxes(every, -1, -2)
@@ -133,12 +133,6 @@ def _kept(blocks: Blocks, grid: Grid) -> Array:
     number = jnp.where(listed, number, grid.shape[1])
     kept = jnp.zeros((*number.shape[:3], grid.shape[1]), bool)
     return jnp.put_along_axis(kept, number, True, axis=-1, inplace=False, mode="drop")
-
-
-def _same_heads(*arrays: Any) -> tuple[Any, ...]:
-    """Repeats what belongs to groups of heads for the heads of each."""
-    heads = max((x.shape[1] for x in arrays if x.ndim == 4), default=1)
-    return tuple(masks.repeated(x, heads) if x.ndim == 4 else x for x in arrays)
 
 
 def _packed(some: Any, every: Any, number: Any, span: tuple[int, int] | None) -> Any:

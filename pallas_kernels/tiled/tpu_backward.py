@@ -37,7 +37,7 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     *inputs, out, lse, d_out, d_lse = args
     x = without_hidden(Inputs(*inputs))
     batch, queries, heads, features = x.query.shape
-    keys, kv_heads, _width = x.value.shape[1:]
+    keys, kv_heads = x.value.shape[1:3]
     tiling, grid = _tiling(options, x)
     padding = ((0, 0), (0, 0), (0, tiling.column_tiles * tiling.columns - queries))
 
@@ -285,18 +285,15 @@ def _kernel(
         if transposed:
             scratch["query_t"][...] = scratch["query"][slot].T
             scratch["d_out_t"][...] = scratch["d_out"][slot].T
-        # A part's scores are computed before the sums of the part before it: they overlap.
-        before = None
+        # With transposed sums, a part's scores are computed before the sums of the part before it:
+        # they overlap.
+        waiting = []
         for row, start in parts(tiling):
-            now = row, start, gradients(slot, numbers, masked, row, start)
-            if before is not None:
-                add(slot, numbers, *before)
-            before = now
-            if not transposed:
-                add(slot, numbers, *before)
-                before = None
-        if before is not None:
-            add(slot, numbers, *before)
+            waiting.append((row, start, gradients(slot, numbers, masked, row, start)))
+            if len(waiting) > transposed:
+                add(slot, numbers, *waiting.pop(0))
+        for part in waiting:
+            add(slot, numbers, *part)
         if d_table:
             table.fold(band, *d_table, numbers)
 
