@@ -1,6 +1,7 @@
 """What the implementations of tiled attention are called with."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -126,3 +127,9 @@ def zero_outside(array: Array, first: Bound, start: Bound, stop: Bound) -> Array
     tokens = first + jnp.arange(size, dtype=jnp.int32)[None]
     inside = (start <= tokens) & (tokens < stop)
     return jnp.where(inside.reshape(*inside.shape, *(1,) * (array.ndim - 2)), array, 0)
+
+
+def unbroadcast(array: Array, shape: Sequence[int]) -> Array:
+    """Sums an array over the dimensions in which `shape` has 1."""
+    axes = tuple(i for i, size in enumerate(shape) if size == 1 < array.shape[i])
+    return jnp.sum(array, axes, keepdims=True) if axes else array

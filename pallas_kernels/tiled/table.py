@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.tiled.inputs import Inputs
-from pallas_kernels.tiled.tiles import LANES, Operand, Tiling, summed
+from pallas_kernels.tiled.inputs import Inputs, unbroadcast
+from pallas_kernels.tiled.tiles import LANES, Operand, Tiling
 
 
 def by_distance(
@@ -125,7 +125,7 @@ class Table(Operand):
             return by_distance(table, x, self.tiling, self.transposed)
 
         values, transpose = jax.vjp(spread, x.table.astype(jnp.float32))
-        return transpose(summed(sums, values.shape))[0]
+        return transpose(unbroadcast(sums, values.shape))[0]
 
     def _window(self, row: Array, number: Array) -> Any:
         """Returns the distances that a tile of scores needs."""

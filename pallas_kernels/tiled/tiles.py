@@ -433,12 +433,6 @@ def result(shape: Sequence[int], dtype: Any, like: Array) -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
 
 
-def summed(array: Array, shape: Sequence[int]) -> Array:
-    """Sums over the dimensions that are 1 in a shape."""
-    axes = tuple(i for i, size in enumerate(shape) if size < array.shape[i])
-    return jnp.sum(array, axes, keepdims=True) if axes else array
-
-
 def has_scores(x: Inputs) -> bool:
     """Returns whether a bias or a mask has a value for every score, which has to be copied."""
     arrays = [] if x.bias is None else [x.bias]

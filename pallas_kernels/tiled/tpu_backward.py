@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.tiled import tiles
-from pallas_kernels.tiled.inputs import Inputs, Options, without_hidden
+from pallas_kernels.tiled.inputs import Inputs, Options, unbroadcast, without_hidden
 from pallas_kernels.tiled.schedule import Grid, schedule, split
 from pallas_kernels.tiled.scores import LOG2E, Operands, Scores, distance, dot, parts
 from pallas_kernels.tiled.tiles import LANES, Tiling
@@ -81,13 +81,13 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
         gradients[name] = jnp.swapaxes(gradient, 1, 2).astype(array.dtype)
     if "slopes" in names:
         gradient = -functools.reduce(jnp.add, d_slopes).sum((2, 3, 4))
-        gradients["slopes"] = tiles.summed(gradient, x.slopes.shape)
+        gradients["slopes"] = unbroadcast(gradient, x.slopes.shape)
     if "table" in names:
         gradient = functools.reduce(jnp.add, (sums[:, :, 0] for (sums,) in d_table))
         gradients["table"] = operands.table.gradient(gradient, x)
     if "sink" in names:
         sink = jnp.swapaxes(x.sink, 1, 2)
-        gradient = tiles.summed(-jnp.exp(sink - lse) * delta, sink.shape)
+        gradient = unbroadcast(-jnp.exp(sink - lse) * delta, sink.shape)
         gradients["sink"] = jnp.swapaxes(gradient, 1, 2)
     return tuple(gradients[name] for name in names)
 

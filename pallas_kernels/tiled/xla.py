@@ -23,7 +23,14 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Bound, Tile
-from pallas_kernels.tiled.inputs import LEAST_EXCESS, WEIGHTS, Inputs, Options, zero_outside
+from pallas_kernels.tiled.inputs import (
+    LEAST_EXCESS,
+    WEIGHTS,
+    Inputs,
+    Options,
+    unbroadcast,
+    zero_outside,
+)
 
 TILE_SCORES = 2**21
 """Scores in a tile, over batch and heads. On CPU, more of them leave its caches."""
@@ -140,7 +147,7 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     d_sink = None
     if "sink" in names:
         sink = jnp.swapaxes(x.sink, 1, 2)
-        d_sink = jnp.swapaxes(_unbroadcast(-jnp.exp(sink - lse) * delta, sink.shape), 1, 2)
+        d_sink = jnp.swapaxes(unbroadcast(-jnp.exp(sink - lse) * delta, sink.shape), 1, 2)
     query, d_out = call.by_feature(x.query), call.by_feature(d_out)
     lse, delta = (
         jnp.moveaxis(y, 1, 2).reshape(batch, kv_heads, group, queries) for y in (lse, delta)
@@ -183,7 +190,7 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
             if d_bias is not None:
                 d_bias = _add_tile(d_bias, call.ungrouped(d_scores), tile)
             if d_slopes is not None:
-                d_slopes -= _unbroadcast(
+                d_slopes -= unbroadcast(
                     jnp.sum(d_scores * call.distance(tile), axis=(2, 4)).reshape(batch, heads),
                     d_slopes.shape,
                 )
@@ -221,7 +228,7 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     results = gradients._replace(query=query)._asdict() | {"sink": d_sink}
     if "statistic" in names:
         d_statistic = gradients.statistic.reshape(batch, heads, queries)
-        results["statistic"] = _unbroadcast(d_statistic, x.statistic.shape)
+        results["statistic"] = unbroadcast(d_statistic, x.statistic.shape)
     return tuple(results[name] for name in names)
 
 
@@ -402,7 +409,7 @@ class _Call(NamedTuple):
         entries = self.table_entries(tile)
         heads = table.shape[1]
         batch = max(table.shape[0], entries.shape[0])
-        sums = _sum_diagonals(_unbroadcast(tile_gradient, (batch, heads, *tile_gradient.shape[2:])))
+        sums = _sum_diagonals(unbroadcast(tile_gradient, (batch, heads, *tile_gradient.shape[2:])))
         row = jnp.arange(batch)[:, None] % table.shape[0]
         return table.at[row, :, entries].add(jnp.swapaxes(sums, 1, 2))
 
@@ -502,14 +509,8 @@ def _add_tile(array: Array, tile: Array, at: Tile) -> Array:
     column = at.column if array.shape[3] > 1 else 0
     sizes = [min(a, b) for a, b in zip(array.shape, tile.shape, strict=True)]
     start = [jnp.int32(i) for i in (0, 0, row, column)]
-    part = jax.lax.dynamic_slice(array, start, sizes) + _unbroadcast(tile, sizes)
+    part = jax.lax.dynamic_slice(array, start, sizes) + unbroadcast(tile, sizes)
     return jax.lax.dynamic_update_slice(array, part, start)
-
-
-def _unbroadcast(array: Array, shape: Sequence[int]) -> Array:
-    """Sums an array over the dimensions in which `shape` has 1."""
-    axes = tuple(i for i, size in enumerate(shape) if size == 1 < array.shape[i])
-    return jnp.sum(array, axes, keepdims=True) if axes else array
 
 
 def _by_diagonal(values: Array, rows: int, columns: int) -> Array:
