@@ -1,6 +1,7 @@
 """The commands of a whole job: quickstart (make train), evaluate, generate."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -126,12 +127,19 @@ def test_wrong_input_is_one_message(module, arguments, code, message, run_comman
 
 
 def test_a_reader_that_has_had_enough_is_no_error():
-    pipe = f"{sys.executable} -m experiments.train text --help | head -n 1"
-    result = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", pipe], cwd=ROOT, capture_output=True, text=True
-    )
+    reader, writer = os.pipe()
+    os.close(reader)  # before the command writes anything
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "experiments.train", "text", "--help"],
+            cwd=ROOT,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(writer)
     assert result.returncode == 128 + signal.SIGPIPE and result.stderr == ""
-    assert result.stdout.startswith("usage: python -m experiments.train text")
 
 
 def test_quickstart_that_was_cut_off_goes_on_and_a_finished_one_is_kept(
