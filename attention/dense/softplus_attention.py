@@ -67,7 +67,7 @@ def softplus_attention(
       key_value_seq_lengths: number of valid keys in each row of the batch.
       local_window_size: (left, right): how many keys a query sees before and after its own
         position, i + query_offset; one number stands for both.
-      implementation: None for the best, "reference", "xla", "pallas_tpu" (LSSA) or "pallas_gpu".
+      implementation: None for the best, "reference", "xla", "pallas_tpu" or "pallas_gpu".
       segment_ids: ids of the documents packed into a row, of equal length T = S; or a pair (ids of
         queries, ids of keys), where keys of id -1 are seen by all. Only equal ids attend.
       query_offset: position of query 0 among the keys, for `is_causal` and `local_window_size`.

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Mask
-from pallas_kernels.tiled.inputs import Inputs, Options
+from pallas_kernels.tiled.inputs import LEAST_EXCESS, Inputs, Options
 from pallas_kernels.tiled.schedule import split
 from pallas_kernels.tiled.table import Table
 from pallas_kernels.tiled.tiles import Operand, Tiling
@@ -44,9 +44,21 @@ class Scores(NamedTuple):
             return cls(options, 1.0, 1.0)
         added = options.logit_bias or any(getattr(x, name) is not None for name in ADDED)
         plain = options.logits_soft_cap is None and not added and options.scale > 0
-        if options.weights == "softmax" and plain:
+        if options.weights == "softmax" and plain and options.reweight is None:
             return cls(options, 1 / options.scale, options.scale * LOG2E)
         return cls(options, LOG2E, 1.0)
+
+    @property
+    def online(self) -> bool:
+        """Whether the weights of a row are summed relative to the maximum so far."""
+        options = self.options
+        unbounded = options.weights == "softmax" and not options.bounded
+        return options.normalise and (unbounded or options.reweight is not None)
+
+    @property
+    def least(self) -> float:
+        """Returns the maximum below which a reweighted row is empty."""
+        return self.options.reweight[0] * LOG2E * math.log(LEAST_EXCESS)
 
     def held(
         self, products: Array, here: dict[str, Any], queries: Array, keys: Array
@@ -81,29 +93,51 @@ class Scores(NamedTuple):
         """Returns the exponential of scores, of a softmax."""
         return jnp.exp2(scores if self.factor == 1 else scores * self.factor)
 
-    def weights(self, scores: Array, exact: bool) -> Array:
-        """Returns the weights of scores, with no maximum subtracted."""
+    def divisor(self, log_sum: Array) -> Array:
+        """Returns what `divided` takes for the logarithm of what weights are divided by."""
+        # Divided by infinity, all of an empty row is 0.
+        log_sum = jnp.where(jnp.isneginf(log_sum), jnp.inf, log_sum).astype(jnp.float32)
+        return log_sum * LOG2E if self.options.weights == "softmax" else jnp.exp(-log_sum)
+
+    def divided(self, scores: Array, divisor: Array | None, exact: bool) -> tuple[Array, Array]:
+        """Returns weights with no maximum subtracted, and their derivatives by the scores.
+
+        Args:
+          scores: in the kernels' unit.
+          divisor: what `divisor` makes of what the weights are divided by; None for 1.
+          exact: whether approximations of the hardware are too coarse.
+        """
         match self.options.weights:
             case "softmax":
-                return self.exp(scores)
+                scores = scores if self.factor == 1 else scores * self.factor
+                weights = jnp.exp2(scores if divisor is None else scores - divisor)
+                return weights, weights
             case "sigmoid":
-                return pltpu.reciprocal(1 + jnp.exp2(-scores), approx=not exact)
+                weights = pltpu.reciprocal(1 + jnp.exp2(-scores), approx=not exact)
+                derivative = weights * (1 - weights)
             case "softplus":
                 small = jnp.exp(-jnp.abs(scores))
                 log = jnp.log1p(small) if exact else jnp.log(1 + small)
-                return jnp.maximum(scores, 0) + log
+                weights = jnp.maximum(scores, 0) + log
+                derivative = pltpu.reciprocal(1 + jnp.exp(-scores), approx=not exact)
             case _:
-                return jnp.maximum(scores, 0)
+                weights = jnp.maximum(scores, 0)
+                derivative = (scores > 0).astype(jnp.float32)
+        if divisor is None:
+            return weights, derivative
+        return weights * divisor, derivative * divisor
 
-    def derivative(self, scores: Array, weights: Array, exact: bool) -> Array:
-        """Returns the derivative of weights that are not of a softmax by their scores."""
-        match self.options.weights:
-            case "sigmoid":
-                return weights * (1 - weights)
-            case "softplus":
-                return pltpu.reciprocal(1 + jnp.exp(-scores), approx=not exact)
-            case _:
-                return (scores > 0).astype(jnp.float32)
+    def log_reweighted(self, weights: Array) -> Array:
+        """Returns logarithms, in base 2, of reweighted weights before their normalisation."""
+        power, offset = self.options.reweight
+        return jnp.log(jnp.maximum(weights - offset, 0)) * (power * LOG2E)
+
+    def reweighted(self, weights: Array, log_sum: Array) -> tuple[Array, Array]:
+        """Returns reweighted weights and their derivatives by the weights, as `xla` does."""
+        power, offset = self.options.reweight
+        results = jnp.exp2(self.log_reweighted(weights) - log_sum)
+        excess = jnp.maximum(weights - offset, jnp.finfo(jnp.float32).tiny)
+        return results, power * (results / excess)
 
 
 def distance(here: dict[str, Any], queries: Array, keys: Array) -> Array:

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.masks import Blocks, Mask
-from pallas_kernels.tiled.inputs import Inputs
+from pallas_kernels.tiled.inputs import Inputs, Options
 from pallas_kernels.tiled.schedule import Grid, divisor, schedule, split
 
 LANES = 128
@@ -170,6 +170,29 @@ def joined(pieces: Sequence[Array], columns: int, start: int, size: int) -> Arra
             part = jnp.where(lane < offset, part, piece)
         parts.append(part)
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def add_to_columns(
+    sums: Any, row: Array, numbers: Sequence[Array], tiling: Tiling, start: int
+) -> None:
+    """Adds values of the columns of a part of a tile to sums by tile of columns: undoes `joined`.
+
+    Args:
+      sums: [tiles, 1, max(columns, 128)]. What is beyond the columns is of no meaning.
+      row: [1, column_part].
+      numbers: of the tiles.
+      tiling: the tiles.
+      start: first column of the part.
+    """
+    size = min(tiling.columns, row.shape[1])
+    for begin in range(0, row.shape[1], size):
+        piece, inside = divmod(start + begin, tiling.columns)
+        if size < LANES:
+            first = begin % LANES
+            lanes = row[:, begin - first : begin - first + LANES]
+            sums[numbers[piece]] += pltpu.roll(lanes, LANES - first, 1) if first else lanes
+        else:
+            sums[numbers[piece], :, pl.ds(inside, size)] += row[:, begin : begin + size]
 
 
 def visit(
@@ -404,9 +427,9 @@ def chosen(
     return best if cost(best) < 0.75 * cost(default) else default
 
 
-def limited(x: Inputs, size: int) -> int:
-    """Returns the size of a tile: less where more is copied, or products take several passes."""
-    several = x.query.dtype != jnp.bfloat16
+def limited(options: Options, x: Inputs, size: int) -> int:
+    """Returns the size of a tile: less where more is copied, or scores take more operations."""
+    several = x.query.dtype != jnp.bfloat16 or options.reweight is not None
     return min(size, 512) if several or has_scores(x) else size
 
 

@@ -47,8 +47,6 @@ def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ())
         return "it has no gradient of bias"
     if inputs.query.dtype == jnp.float64:
         return "it does not compute in float64"
-    if inputs.statistic is not None:
-        return "it has no row_statistic"
     lists, _ = split(inputs.mask)
     if len(lists) > 1:
         return "it takes one block list, not several"
@@ -78,7 +76,8 @@ def forward(
     tiling, grid = _tiling(options, x)
     rows = schedule(x.mask, grid)
     call = Scores.of(options, x)
-    operands = Operands(call, x, tiling)
+    more = {} if x.statistic is None else {"statistic": call.divisor(x.statistic)}
+    operands = Operands(call, x, tiling, **more)
     query, key, value = tiles.by_head(x, tiling)
     dtype = query.dtype
     scratch = {
@@ -90,7 +89,7 @@ def forward(
     }
     if options.normalise:
         scratch["total"] = pltpu.VMEM((tiling.rows, LANES), jnp.float32)
-    if options.weights == "softmax" and not options.bounded:
+    if call.online:
         scratch["maximum"] = pltpu.VMEM((tiling.rows, LANES), jnp.float32)
     branches = tiles.branches(rows, operands.mask is not None)
     window, rows = tiles.windows(rows, tiling)
@@ -122,6 +121,8 @@ def forward(
     )(rows, operands.arrays, query, key, value)
     out = jnp.swapaxes(out[:, :, :queries], 1, 2).astype(x.query.dtype)
     lse = lse.reshape(batch, heads, -1)[:, :, :queries]
+    if x.statistic is not None and not options.normalise:
+        lse = jnp.broadcast_to(x.statistic, lse.shape).astype(lse.dtype)
     return out, jnp.swapaxes(lse, 1, 2)
 
 
@@ -143,7 +144,7 @@ def _kernel(
     b, n = pl.program_id(0), pl.program_id(1)
     head = n // (tiling.heads // key.shape[1])
     maximum, total, sums = scratch.get("maximum"), scratch.get("total"), scratch["sums"]
-    exact = query.dtype == jnp.float32
+    exact, reweight = query.dtype == jnp.float32, call.options.reweight is not None
     operands = operands.bound(refs, scratch["operands"])
 
     sink = None
@@ -169,12 +170,15 @@ def _kernel(
             values = scratch["value"][slot, part]
             here = operands.values(slot, row, start, masked)
             scores, _ = call.held(products, here, *tiles.positions(numbers, tiling, row, start))
+            if not call.online or reweight:
+                weights, _ = call.divided(scores, here.get("statistic"), exact)
             if maximum is None:
-                weights = call.weights(scores, exact)
                 if total is not None:
                     total[...] += _lane_sums(weights)
                 sums[...] += dot(weights.astype(values.dtype), values, 1, 0)
                 continue
+            if reweight:
+                scores = call.log_reweighted(weights)
             before = maximum[...]
             now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
             decay = call.exp(before - now)
@@ -199,6 +203,8 @@ def _kernel(
         whole = whole * jnp.exp(-above) + jnp.exp(sink[:, :1] - above)
         sums[...] *= jnp.exp(-above)
     seen = whole != 0  # a NaN stays one
+    if reweight:
+        seen &= ~(maximum[:, :1] < call.least)
     whole = jnp.where(seen, whole, 1)
     out[...] = jnp.where(seen, sums[...] / whole, 0).astype(out.dtype)
     logs = jnp.broadcast_to(jnp.log(whole), (tiling.rows, LANES))
@@ -220,7 +226,7 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
         tile_q, tile_k, part = tiles.chosen(TILES, Grid(queries, keys, 0, 0), x.mask, 0)
         if x.table is not None and tile_q > 1024:  # registers would spill
             tile_q, part = 1024, 512
-        tile_q, tile_k = tiles.limited(x, tile_q), tiles.limited(x, tile_k)
+        tile_q, tile_k = tiles.limited(options, x, tile_q), tiles.limited(options, x, tile_k)
         rows = tiles.even(queries, options.tile_q or tile_q)
         columns, pieces = max(tiles.even(keys, options.tile_k or tile_k), LANES), 1
         part = next(size for size in (part, 256, LANES) if columns % size == 0)

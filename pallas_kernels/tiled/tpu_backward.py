@@ -47,12 +47,16 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
     delta = jnp.where(hidden, 0, delta)
     lse = jnp.where(hidden, jnp.inf, lse)
-    more = {}
+    call, more = Scores.of(options, x), {}
+    by_head = jnp.pad(jnp.swapaxes(lse, 1, 2), padding, constant_values=jnp.inf)
     if options.normalise:
         more["delta"] = jnp.pad(jnp.swapaxes(delta, 1, 2), padding)
-        by_head = jnp.pad(jnp.swapaxes(lse, 1, 2), padding, constant_values=jnp.inf)
-        more["lse"] = by_head * LOG2E if options.weights == "softmax" else jnp.exp(-by_head)
-    call = Scores.of(options, x)
+    if options.reweight is not None:
+        more["log_sum"] = by_head * LOG2E
+        statistic = jnp.broadcast_to(x.statistic, (batch, heads, queries))
+        more["divisor"] = call.divisor(jnp.pad(statistic, padding, constant_values=jnp.inf))
+    elif options.normalise or x.statistic is not None:
+        more["divisor"] = call.divisor(by_head)
     operands = Operands(call, x, tiling, True, **more)
     query, key, value = tiles.by_head(x, tiling, True)
     d_out = tiles.by_head(x._replace(query=d_out.astype(x.query.dtype)), tiling, True)[0]
@@ -71,7 +75,7 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
         )
         for span in spans
     ]
-    d_query, d_key, d_value, d_slopes, d_table = zip(*results, strict=True)
+    d_query, d_key, d_value, d_slopes, d_table, d_statistic = zip(*results, strict=True)
     d_query = jnp.concatenate(d_query, axis=2) * options.scale
     gradients = {"query": jnp.swapaxes(d_query[:, :, :queries], 1, 2).astype(x.query.dtype)}
     for name, spans_, array in (("key", d_key, x.key), ("value", d_value, x.value)):
@@ -85,6 +89,10 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     if "table" in names:
         gradient = functools.reduce(jnp.add, (sums[:, :, 0] for (sums,) in d_table))
         gradients["table"] = operands.table.gradient(gradient, x)
+    if "statistic" in names:
+        gradient = jnp.concatenate([sums for (sums,) in d_statistic], axis=2)
+        gradient = -gradient[..., 0, : tiling.columns].reshape(batch, heads, -1)[..., :queries]
+        gradients["statistic"] = unbroadcast(gradient, x.statistic.shape)
     if "sink" in names:
         sink = jnp.swapaxes(x.sink, 1, 2)
         gradient = unbroadcast(-jnp.exp(sink - lse) * delta, sink.shape)
@@ -129,15 +137,17 @@ def _call(
         scratch["key_t"] = pltpu.VMEM((features, tiling.rows), dtype)
         scratch["query_t"] = pltpu.VMEM((features, tiling.width), dtype)
         scratch["d_out_t"] = pltpu.VMEM((width, tiling.width), dtype)
-    slopes, by_distance = "slopes" in names, []
+    slopes, by_distance, by_query = "slopes" in names, [], []
     if "table" in names:
         by_distance = [operands.table.sums]
         scratch["d_table"] = pltpu.VMEM(operands.table.band, jnp.float32)
+    if "statistic" in names:
+        by_query = [(span[1] - span[0], 1, max(tiling.columns, LANES))]
     group = heads // kv_heads
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     d_query = (features, queries) if transposed else (queries, features)
     kernel = pl.pallas_call(
-        functools.partial(_kernel, call, tiling, operands, branches, transposed, span[0], slopes),
+        functools.partial(_kernel, call, tiling, operands, branches, transposed, span, slopes),
         name="tiled_backward",
         grid=(batch, heads, tiling.row_tiles),
         in_specs=[
@@ -161,6 +171,10 @@ def _call(
                 pl.BlockSpec((None, None, *shape), lambda b, n, i: (b, n, 0, 0))
                 for shape in by_distance
             ],
+            [
+                pl.BlockSpec((None, None, *shape), lambda b, n, i: (b, n, 0, 0, 0))
+                for shape in by_query
+            ],
         ],
         out_shape=[
             tiles.result((batch, heads, *d_query), jnp.float32, x.query),
@@ -170,6 +184,7 @@ def _call(
                 (batch, heads, tiling.row_tiles, 1, tiling.column_part), jnp.float32, x.query
             ),
             [tiles.result((batch, heads, *shape), jnp.float32, x.query) for shape in by_distance],
+            [tiles.result((batch, heads, *shape), jnp.float32, x.query) for shape in by_query],
         ],
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
@@ -191,7 +206,7 @@ def _kernel(
     operands: Operands,
     branches: tuple[bool, bool],
     transposed: bool,
-    first_tile: int,
+    span: tuple[int, int],
     slopes: bool,
     schedule: Any,
     refs: dict[str, Any],
@@ -204,12 +219,13 @@ def _kernel(
     d_value: Any,
     d_slopes: Any,
     d_table: Sequence[Any],
+    d_statistic: Sequence[Any],
     scratch: dict[str, Any],
 ) -> None:
     """Adds what one tile of keys gives to all gradients.
 
     Sums are kept [features, tokens] if `transposed`, else [tokens, features]. `d_table` holds one
-    array of sums by distance, or none.
+    array of sums by distance, or none, and `d_statistic` one of sums by query.
     """
     b, n = pl.program_id(0), pl.program_id(1)
     options, exact = call.options, query.dtype == jnp.float32
@@ -218,13 +234,18 @@ def _kernel(
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        for sums in (d_query, *d_table):
+        for sums in (d_query, *d_table, *d_statistic):
             sums[...] = jnp.zeros_like(sums)
 
     for sums in (scratch["d_key"], scratch["d_value"], d_slopes):
         sums[...] = jnp.zeros_like(sums)
     if transposed:
         scratch["key_t"][...] = key[...].T
+
+    def inside_span(number: Array) -> Array:
+        # A piece beyond the end has only zeros to add.
+        number = number if tiling.pieces == 1 else jnp.minimum(number, span[1] - 1)
+        return number - span[0]
 
     def gradients(
         slot: Array, numbers: Sequence[Array], masked: bool, row: int, start: int
@@ -238,15 +259,16 @@ def _kernel(
         d_weights = dot(value[rows], scratch["d_out"][slot, columns], 1, 1)
         if options.normalise:
             d_weights -= here["delta"]
-        if options.weights == "softmax":
-            held = scores if call.factor == 1 else scores * call.factor
-            weights = jnp.exp2(held - here["lse"])
-            d_scores = weights * d_weights
-        else:
-            weights = call.weights(scores, exact)
-            d_scores = call.derivative(scores, weights, exact) * d_weights
-            if options.normalise:
-                weights, d_scores = weights * here["lse"], d_scores * here["lse"]
+        weights, derivative = call.divided(scores, here.get("divisor"), exact)
+        by_statistic = weights  # the derivative by the statistic, but for its sign
+        if options.reweight is not None:
+            weights, by_weights = call.reweighted(weights, here["log_sum"])
+            derivative, by_statistic = derivative * by_weights, by_statistic * by_weights
+        d_scores = derivative * d_weights
+        for sums in d_statistic:
+            row_sums = jnp.sum(by_statistic * d_weights, axis=0, keepdims=True)
+            pieces = [inside_span(number) for number in numbers]
+            tiles.add_to_columns(sums, row_sums, pieces, tiling, start)
         if slopes:
             moved = d_scores * distance(here, query_numbers, key_numbers)
             d_slopes[...] += jnp.sum(moved, axis=0, keepdims=True)
@@ -261,7 +283,7 @@ def _kernel(
         weights, d_products = parts
         rows, columns = pl.ds(row, tiling.row_part), pl.ds(start, tiling.column_part)
         if transposed:
-            at = pl.multiple_of((numbers[0] - first_tile) * tiling.columns + start, LANES)
+            at = pl.multiple_of(inside_span(numbers[0]) * tiling.columns + start, LANES)
             scratch["d_value"][:, rows] += dot(scratch["d_out_t"][:, columns], weights, 1, 1)
             scratch["d_key"][:, rows] += dot(scratch["query_t"][:, columns], d_products, 1, 1)
             at = pl.ds(at, tiling.column_part)
@@ -273,9 +295,7 @@ def _kernel(
         size = min(tiling.columns, tiling.column_part)
         for begin in range(0, tiling.column_part, size):
             piece, inside = divmod(start + begin, tiling.columns)
-            # A piece beyond the end has only zeros to add.
-            number = jnp.minimum(numbers[piece], tiling.column_tiles - 1) - first_tile
-            at = pl.multiple_of(number * tiling.columns + inside, size)
+            at = pl.multiple_of(inside_span(numbers[piece]) * tiling.columns + inside, size)
             d_query[pl.ds(at, size)] += product[begin : begin + size]
 
     def compute(slot: Array, numbers: Sequence[Array], masked: bool) -> None:
@@ -321,7 +341,7 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
         tile_q, tile_k, column_part, row_part = tiles.chosen(
             TILES, Grid(queries, keys, 0, 0), x.mask, 1
         )
-        tile_q, tile_k = tiles.limited(x, tile_q), tiles.limited(x, tile_k)
+        tile_q, tile_k = tiles.limited(options, x, tile_q), tiles.limited(options, x, tile_k)
         rows = tiles.even(keys, options.tile_k or tile_k)
         columns, pieces = max(tiles.even(queries, options.tile_q or tile_q), LANES), 1
         row_part = next(s for s in (row_part, 256, LANES, rows) if rows % s == 0)

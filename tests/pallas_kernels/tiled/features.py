@@ -15,7 +15,7 @@ from pallas_kernels import masks
 from pallas_kernels.tiled import tiled_attention
 
 TILES = (128, 128)
-LEARNED = ("alibi_slopes", "sink")
+LEARNED = ("alibi_slopes", "sink", "row_statistic")
 """Arguments, beside query, key and value, by which kernels differentiate."""
 
 
@@ -40,6 +40,8 @@ class Call:
 
     @property
     def normalises(self) -> bool:
+        if "row_statistic" in self.options:
+            return "reweight" in self.options
         return self.options.get("normalise", self.options.get("weights") != "sigmoid")
 
     @property
@@ -217,6 +219,42 @@ BLOCK_LISTS = {
     "blocks, sigmoid": block_list(128, 128, options={"weights": "sigmoid"}),
     "no blocks": Call({"mask": masks.blocks([[[[0], [1]]]], [[[0, 0]]], 128, 128)}),
 }
+STATISTIC = normal(6, 2, T, 2)
+TWO_PASSES = {
+    "statistic": Call({"row_statistic": 5 + STATISTIC, "mask": masks.causal(-20)}, batch=2),
+    "statistic, capped": Call({"row_statistic": SINK, "logits_soft_cap": 2.0}),
+    "statistic of a sigmoid": Call(
+        {"weights": "sigmoid", "row_statistic": STATISTIC, "bias": normal(5, 2, 1, 1, S)}, batch=2
+    ),
+    "statistic, blocks": block_list(
+        64, 32, options={"row_statistic": 5 + STATISTIC[:1, :90]}, queries=90, keys=150, lists=2
+    ),
+    "reweighted softmax": Call({"row_statistic": 5 + STATISTIC[:1], "reweight": (2.0, 0.0)}),
+    "reweighted softplus": Call(
+        {
+            "weights": "softplus",
+            "row_statistic": -0.3 + 0.1 * STATISTIC.at[:, 100].set(-jnp.inf),
+            "reweight": (3.0, 0.5),
+            "mask": masks.causal(OFFSET),
+        },
+        batch=2,
+    ),
+    "reweighted relu": Call(
+        {
+            "weights": "relu",
+            "row_statistic": -1 + 0.1 * SINK,
+            "reweight": (1.0, 0.5),
+            "alibi_slopes": np.float32([0.1, 0.0]),
+        },
+        dtype=jnp.bfloat16,
+    ),
+    "reweighted blocks": block_list(
+        128,
+        128,
+        options={"weights": "softplus", "row_statistic": STATISTIC[:1], "reweight": (1.0, 0.3)},
+        keys=400,
+    ),
+}
 SHAPES = {
     "grouped": Call(
         {"mask": masks.causal(30), "alibi_slopes": np.float32([0.5, 0.2, 0.1, 0.0])}, **GROUPED
@@ -232,4 +270,4 @@ SHAPES = {
     "bfloat16 blocks": block_list(128, 128, dtype=jnp.bfloat16),
     "bfloat16 sigmoid": Call({"weights": "sigmoid", "logit_bias": -3.0}, dtype=jnp.bfloat16),
 }
-FEATURES = SCORES | MASKS | BLOCK_LISTS | SHAPES
+FEATURES = SCORES | MASKS | BLOCK_LISTS | TWO_PASSES | SHAPES

@@ -282,7 +282,6 @@ LISTS = masks.blocks(np.zeros((1, 1, 2, 1), int), np.ones((1, 1, 2), int), 16, 1
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"weights": "relu", "row_statistic": jnp.ones(2)}, "it has no row_statistic"),
         (
             {"relative_bias": jnp.ones((1, 3)), "mask": LISTS},
             "with a relative_bias, blocks of a list must be multiples of 128 tokens",

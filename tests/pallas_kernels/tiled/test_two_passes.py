@@ -341,11 +341,6 @@ STATISTIC = {"row_statistic": jnp.zeros((B, T, N))}
             ValueError,
             r"sink: belongs to the call that the row_statistic comes from",
         ),
-        (
-            STATISTIC | {"implementation": "pallas_tpu"},
-            NotImplementedError,
-            r"pallas_tpu.*row_statistic",
-        ),
     ],
 )
 def test_wrong_arguments(options, error, match):
