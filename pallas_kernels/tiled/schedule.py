@@ -56,41 +56,69 @@ def divisor(block: int, most: int) -> int | None:
     return next((size for size in (*sizes, 64, 32, FEWEST) if block % size == 0), None)
 
 
-def schedule(
-    mask: Mask | None, grid: Grid, transposed: bool = False, span: tuple[int, int] | None = None
-) -> Int[Array, "B N rows W"]:
-    """Makes the schedule of a resolved mask.
+def schedule(mask: Mask | None, grid: Grid) -> Int[Array, "B|1 N|K|1 rows entries"]:
+    """Makes the schedule of a resolved mask, with rows of queries.
 
     Args:
       mask: None for all pairs.
       grid: the tiles. Where the mask has a block list, its blocks are multiples of them.
-      transposed: whether the rows are keys.
-      span: the tiles of columns from which on, and before which, any are listed; None for all.
     """
     lists, rest = split(mask)
-    if not lists and not jax.tree.leaves(rest):
-        return _static(jax.tree.structure(rest), grid, transposed, span)
-    if lists and not transposed:
-        number, listed = _listed(*lists, grid)
-        some, every = _occupancy(rest, grid, number)
-        number, listed, some, every = masks.same_heads(number, listed, some, every)
-        return _packed(some & listed, every, number, span)
+    if not lists:
+        return _of_all_tiles(mask, grid, None)
+    number, listed = _listed(*lists, grid)
+    some, every = _occupancy(rest, grid, number)
+    number, listed, some, every = masks.same_heads(number, listed, some, every)
+    return _packed(some & listed, every, number)
+
+
+def transposed_schedules(
+    mask: Mask | None, grid: Grid, count: int
+) -> Int[Array, "spans B|1 N|K|1 rows entries"]:
+    """Makes the schedules of a resolved mask, with rows of keys, for spans of tiles of queries.
+
+    Args:
+      mask: None for all pairs.
+      grid: the tiles, as for `schedule`.
+      count: tiles of queries in a span; the last one may have fewer.
+    """
+    return _of_all_tiles(mask, grid, count)
+
+
+def _of_all_tiles(mask: Mask | None, grid: Grid, count: int | None) -> Any:
+    """Returns the schedule, or transposed ones if there is a count, of a mask that is no list."""
+    if not jax.tree.leaves(mask):
+        return _static(jax.tree.structure(mask), grid, count)
+    return _made(mask, grid, count, jnp)
+
+
+@functools.cache
+def _static(tree: Any, grid: Grid, count: int | None) -> np.ndarray:
+    return _made(jax.tree.unflatten(tree, []), grid, count, np)
+
+
+def _made(mask: Mask | None, grid: Grid, count: int | None, numpy: Any) -> Any:
+    lists, rest = split(mask)
     some, every = _occupancy(rest, grid, _numbers(grid)[1])
     if lists:
         some, every, kept = masks.same_heads(some, every, _kept(*lists, grid))
         some = some & kept
-    if transposed:
-        some, every = jnp.swapaxes(some, -1, -2), jnp.swapaxes(every, -1, -2)
-    return _packed(some, every, jnp.arange(some.shape[-1], dtype=jnp.int32), span)
+    some, every = (
+        numpy.broadcast_to(x, (1,) * (4 - x.ndim) + x.shape[:-2] + grid.shape)
+        for x in (some, every)
+    )
+    if count is None:
+        return _packed(some, every, np.arange(grid.shape[1], dtype=np.int32))
+    spans = -(-grid.shape[0] // count)
+    missing = ((0, 0),) * 2 + ((0, spans * count - grid.shape[0]), (0, 0))
 
+    def in_spans(array: Any) -> Any:
+        array = numpy.pad(array, missing)
+        array = array.reshape(*array.shape[:2], spans, count, array.shape[3])
+        return numpy.transpose(array, (2, 0, 1, 4, 3))
 
-@functools.cache
-def _static(tree: Any, grid: Grid, transposed: bool, span: tuple[int, int] | None) -> np.ndarray:
-    some, every = _occupancy(jax.tree.unflatten(tree, []), grid, _numbers(grid)[1])
-    some, every = (np.broadcast_to(x, grid.shape)[None, None] for x in (some, every))
-    if transposed:
-        some, every = np.swapaxes(some, -1, -2), np.swapaxes(every, -1, -2)
-    return _packed(some, every, np.arange(some.shape[-1], dtype=np.int32), span)
+    number = np.arange(spans * count, dtype=np.int32).reshape(spans, 1, 1, 1, count)
+    return _packed(in_spans(some), in_spans(every), number)
 
 
 def _numbers(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
@@ -130,20 +158,21 @@ def _listed(blocks: Blocks, grid: Grid) -> tuple[Array, Array]:
 def _kept(blocks: Blocks, grid: Grid) -> Array:
     """Returns the listed tiles as a bitmap, [B|1, heads, rows, columns]."""
     number, listed = _listed(blocks, grid)
-    number = jnp.where(listed, number, grid.shape[1])
-    kept = jnp.zeros((*number.shape[:3], grid.shape[1]), bool)
-    return jnp.put_along_axis(kept, number, True, axis=-1, inplace=False, mode="drop")
+    number = jnp.where(listed, number, -1)
+    # As a product of which digits a number has: faster than a scatter, and compiled in less time.
+    count = grid.shape[1]
+    high = jax.nn.one_hot(number // 128, -(-count // 128), dtype=jnp.bfloat16)
+    low = jax.nn.one_hot(number % 128, 128, dtype=jnp.bfloat16)
+    times = jnp.einsum("bnrla,bnrlc->bnrac", high, low, preferred_element_type=jnp.float32)
+    return times.reshape(*times.shape[:3], -1)[..., :count] > 0
 
 
-def _packed(some: Any, every: Any, number: Any, span: tuple[int, int] | None) -> Any:
+def _packed(some: Any, every: Any, number: Any) -> Any:
     """Writes the entries of tiles that hold something one after the other."""
-    numpy = np if isinstance(some, np.ndarray) and isinstance(number, np.ndarray) else jnp
-    if span is not None:
-        some = some & (span[0] <= number) & (number < span[1])
-    some, every, number = numpy.broadcast_arrays(some, every, number)
-    some, every, number = (x.reshape((1,) * (4 - x.ndim) + x.shape) for x in (some, every, number))
+    numpy = np if isinstance(some, np.ndarray) else jnp
     last = np.iinfo(np.int32).max
     entries = numpy.where(some, 2 * number + ~every, last).astype(numpy.int32)
     entries = numpy.sort(entries, axis=-1)
     count = numpy.sum(some, axis=-1, keepdims=True, dtype=numpy.int32)
+    count = numpy.broadcast_to(count, (*entries.shape[:-1], 1))
     return numpy.concatenate([count, numpy.where(entries == last, 0, entries)], axis=-1)

@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from pallas_kernels.masks import Blocks, Mask
 from pallas_kernels.tiled.inputs import Inputs, Options
-from pallas_kernels.tiled.schedule import Grid, divisor, schedule, split
+from pallas_kernels.tiled.schedule import Grid, divisor, schedule, split, transposed_schedules
 
 LANES = 128
 
@@ -336,6 +336,12 @@ def row(column: Array) -> Array:
     return column.T[:1]
 
 
+def lane_sums(weights: Array) -> Array:
+    """Sums the columns, in as many parts as there are lanes."""
+    parts = (weights[:, at : at + LANES] for at in range(0, weights.shape[1], LANES))
+    return functools.reduce(jnp.add, parts)
+
+
 def across(column: Array, size: int) -> Array:
     """Returns [rows, 128], the same in every lane, as [rows, size]."""
     if size <= LANES:
@@ -419,7 +425,8 @@ def chosen(
 
     def cost(tile: tuple[int, ...]) -> float:
         cut = grid._replace(rows=even(grid.queries, tile[0]), columns=even(grid.keys, tile[1]))
-        visited = schedule(mask, cut, transposed=bool(rows))[..., 0]
+        listed = transposed_schedules(mask, cut, cut.shape[0]) if rows else schedule(mask, cut)
+        visited = listed[..., 0]
         step = tiles[tile] * cut.rows * cut.columns / 512**2 + BUNDLES_OF_A_STEP
         return visited.sum() * step + visited.size * BUNDLES_OF_A_ROW
 

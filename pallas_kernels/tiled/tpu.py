@@ -42,9 +42,7 @@ LOWEST = -1e30
 
 def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ()) -> str | None:
     """Returns why the kernels do not serve a call, or these gradients of it, or None."""
-    del options
-    if "bias" in gradients:
-        return "it has no gradient of bias"
+    del options, gradients
     if inputs.query.dtype == jnp.float64:
         return "it does not compute in float64"
     lists, _ = split(inputs.mask)
@@ -174,7 +172,7 @@ def _kernel(
                 weights, _ = call.divided(scores, here.get("statistic"), exact)
             if maximum is None:
                 if total is not None:
-                    total[...] += _lane_sums(weights)
+                    total[...] += tiles.lane_sums(weights)
                 sums[...] += dot(weights.astype(values.dtype), values, 1, 0)
                 continue
             if reweight:
@@ -184,7 +182,7 @@ def _kernel(
             decay = call.exp(before - now)
             weights = call.exp(scores - tiles.across(now, tiling.column_part))
             maximum[...] = now
-            total[...] = total[...] * decay + _lane_sums(weights)
+            total[...] = total[...] * decay + tiles.lane_sums(weights)
             product = dot(weights.astype(values.dtype), values, 1, 0)
             sums[...] = sums[...] * tiles.across(decay, sums.shape[1]) + product
 
@@ -232,9 +230,3 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
         part = next(size for size in (part, 256, LANES) if columns % size == 0)
     grid = Grid(queries, keys, rows, columns)
     return Tiling(rows, grid.shape[0], columns, grid.shape[1], pieces, rows, part, heads), grid
-
-
-def _lane_sums(weights: Array) -> Array:
-    """Sums the columns, in as many parts as there are lanes."""
-    parts = (weights[:, at : at + LANES] for at in range(0, weights.shape[1], LANES))
-    return functools.reduce(jnp.add, parts)

@@ -10,15 +10,17 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.tiled import tiles
+from pallas_kernels.tiled import sums, tiles
 from pallas_kernels.tiled.inputs import Inputs, Options, unbroadcast, without_hidden
-from pallas_kernels.tiled.schedule import Grid, schedule, split
+from pallas_kernels.tiled.schedule import Grid, split, transposed_schedules
 from pallas_kernels.tiled.scores import LOG2E, Operands, Scores, distance, dot, parts
+from pallas_kernels.tiled.sums import Step, Sum
 from pallas_kernels.tiled.tiles import LANES, Tiling
 
 TILES = {
@@ -63,35 +65,56 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
 
     # Sums over the heads of a group, or over spans of queries, are taken in float32.
     tokens = max(SPAN_BYTES // (4 * max(features, LANES)) // tiling.columns, 1)
-    spans = [
-        (first, min(first + tokens, tiling.column_tiles))
-        for first in range(0, tiling.column_tiles, tokens)
-    ]
-    partial = heads > kv_heads or len(spans) > 1
+    spans = -(-tiling.column_tiles // tokens)
+    count = -(-tiling.column_tiles // spans)
+    partial = heads > kv_heads or spans > 1
     dtypes = [jnp.float32 if partial else array.dtype for array in (key, value)]
-    results = [
-        _call(call, x, tiling, grid, operands, span, dtypes, names)(
-            operands.arrays, key, value, query, d_out
-        )
-        for span in spans
-    ]
-    d_query, d_key, d_value, d_slopes, d_table, d_statistic = zip(*results, strict=True)
-    d_query = jnp.concatenate(d_query, axis=2) * options.scale
-    gradients = {"query": jnp.swapaxes(d_query[:, :, :queries], 1, 2).astype(x.query.dtype)}
-    for name, spans_, array in (("key", d_key, x.key), ("value", d_value, x.value)):
-        gradient = functools.reduce(jnp.add, spans_)[:, :, :keys]
+    wanted = sums.sums(names, x, tiling, operands, count)
+    rows = transposed_schedules(x.mask, grid, count)
+    branches = tiles.branches(rows, operands.mask is not None)
+    run = functools.partial(_call, call, x, tiling, operands, wanted, count, dtypes, branches)
+
+    def add_span(carried: dict[str, Array], span: tuple[Array, Array]) -> tuple[dict, dict]:
+        results = run(*span, key, value, query, d_out, carried)
+        return {name: results.pop(name) for name in carried}, results
+
+    # What one kernel after the other adds to.
+    in_place = {name: total.shape for name, total in wanted.items() if total.in_place}
+    if spans > 1:
+        in_place |= {"key": (*key.shape[:1], heads, *key.shape[2:])}
+        in_place |= {"value": (*value.shape[:1], heads, *value.shape[2:])}
+    carried = {
+        name: jnp.zeros_like(query, shape=shape, dtype=jnp.float32)
+        for name, shape in in_place.items()
+    }
+    firsts = jnp.arange(0, spans * count, count, dtype=jnp.int32)
+    if spans > 1:
+        carried, results = jax.lax.scan(add_span, carried, (firsts, jnp.asarray(rows)))
+    else:
+        carried, results = add_span(carried, (firsts[0], rows[0]))
+        results = jax.tree.map(lambda array: array[None], results)
+    carried |= {name: results.pop(name)[0] for name in ("key", "value") if name in results}
+
+    d_query = jnp.moveaxis(results["query"], 0, 2) * options.scale
+    d_query = d_query.reshape(batch, heads, -1, features)[:, :, :queries]
+    gradients = {"query": jnp.swapaxes(d_query, 1, 2).astype(x.query.dtype)}
+    for name in ("key", "value"):
+        gradient, array = carried[name][:, :, :keys], getattr(x, name)
         gradient = gradient.reshape(batch, kv_heads, heads // kv_heads, *gradient.shape[2:])
         gradient = jnp.sum(gradient, axis=2) if heads > kv_heads else gradient[:, :, 0]
         gradients[name] = jnp.swapaxes(gradient, 1, 2).astype(array.dtype)
+    totals = {
+        name: total.total(carried[name] if name in carried else results[name])
+        for name, total in wanted.items()
+    }
     if "slopes" in names:
-        gradient = -functools.reduce(jnp.add, d_slopes).sum((2, 3, 4))
-        gradients["slopes"] = unbroadcast(gradient, x.slopes.shape)
+        gradients["slopes"] = unbroadcast(-totals["slopes"], x.slopes.shape)
     if "table" in names:
-        gradient = functools.reduce(jnp.add, (sums[:, :, 0] for (sums,) in d_table))
-        gradients["table"] = operands.table.gradient(gradient, x)
+        gradients["table"] = operands.table.gradient(totals["table"], x)
+    if "bias" in names:
+        gradients["bias"] = sums.gradient_of_bias(totals["bias"], x)
     if "statistic" in names:
-        gradient = jnp.concatenate([sums for (sums,) in d_statistic], axis=2)
-        gradient = -gradient[..., 0, : tiling.columns].reshape(batch, heads, -1)[..., :queries]
+        gradient = -totals["statistic"][..., :queries]
         gradients["statistic"] = unbroadcast(gradient, x.statistic.shape)
     if "sink" in names:
         sink = jnp.swapaxes(x.sink, 1, 2)
@@ -104,22 +127,44 @@ def _call(
     call: Scores,
     x: Inputs,
     tiling: Tiling,
-    grid: Grid,
     operands: Operands,
-    span: tuple[int, int],
+    wanted: dict[str, Sum],
+    count: int,
     dtypes: Sequence[Any],
-    names: Sequence[str],
-) -> Any:
-    """Makes the kernel for a span of tiles of queries."""
+    branches: tuple[bool, bool],
+    first: Array,
+    rows: Array,
+    key: Array,
+    value: Array,
+    query: Array,
+    d_out: Array,
+    carried: dict[str, Array],
+) -> dict[str, Array]:
+    """Calls the kernel, for so many tiles of queries.
+
+    Args:
+      call: what scores are.
+      x: the inputs.
+      tiling: the tiles.
+      operands: of the scores.
+      wanted: what to sum besides the gradients of queries, keys and values.
+      count: tiles of queries.
+      dtypes: of the gradients of keys and values.
+      branches: see `tiles.visit`.
+      first: number of the first tile of queries.
+      rows: the schedule.
+      key: by head, as are the next three.
+      value: likewise.
+      query: likewise.
+      d_out: likewise.
+      carried: what to add to, by name.
+    """
     batch, _, heads, features = x.query.shape
     width = x.value.shape[3]
-    queries, keys = (span[1] - span[0]) * tiling.columns, tiling.row_tiles * tiling.rows
-    kv_heads = x.key.shape[2]
-    rows = schedule(x.mask, grid, True, None if queries >= grid.queries else span)
-    branches = tiles.branches(rows, operands.mask is not None)
+    group, queries = heads // x.key.shape[2], count * tiling.columns
     window, rows = tiles.windows(rows, tiling)
     transposed = _transposed_sums(tiling)
-    dtype = jnp.float32 if x.query.dtype == jnp.float16 else x.query.dtype
+    dtype = query.dtype
 
     def sums(features: int) -> Any:
         shape = (features, tiling.rows) if transposed else (tiling.rows, features)
@@ -132,128 +177,115 @@ def _call(
         "d_key": sums(features),
         "d_value": sums(width),
         "operands": operands.scratch,
+        "sums": {name: x.scratch for name, x in wanted.items() if x.scratch is not None},
     }
     if transposed:
         scratch["key_t"] = pltpu.VMEM((features, tiling.rows), dtype)
         scratch["query_t"] = pltpu.VMEM((features, tiling.width), dtype)
         scratch["d_out_t"] = pltpu.VMEM((width, tiling.width), dtype)
-    slopes, by_distance, by_query = "slopes" in names, [], []
-    if "table" in names:
-        by_distance = [operands.table.sums]
-        scratch["d_table"] = pltpu.VMEM(operands.table.band, jnp.float32)
-    if "statistic" in names:
-        by_query = [(span[1] - span[0], 1, max(tiling.columns, LANES))]
-    group = heads // kv_heads
+
+    def of_tile(features: int, group: int) -> pl.BlockSpec:
+        block = None, None, tiling.rows, features
+        return pl.BlockSpec(block, lambda b, n, i: (b, n // group, i, 0))
+
     hbm = pl.BlockSpec(memory_space=pl.ANY)
+    keys = tiling.row_tiles * tiling.rows
     d_query = (features, queries) if transposed else (queries, features)
-    kernel = pl.pallas_call(
-        functools.partial(_kernel, call, tiling, operands, branches, transposed, span, slopes),
+    specs = {
+        "query": pl.BlockSpec((None, None, *d_query), lambda b, n, i: (b, n, 0, 0)),
+        "key": of_tile(features, 1),
+        "value": of_tile(width, 1),
+    } | {name: total.spec for name, total in wanted.items()}
+    shapes = {
+        "query": ((batch, heads, *d_query), jnp.float32),
+        "key": ((batch, heads, keys, features), dtypes[0]),
+        "value": ((batch, heads, keys, width), dtypes[1]),
+    } | {name: (total.shape, jnp.float32) for name, total in wanted.items()}
+    args = (rows, jnp.reshape(first, (1, 1)), operands.arrays, key, value, query, d_out)
+    place = len(jax.tree.leaves(args))  # arguments and results are numbered as leaves
+    results = pl.pallas_call(
+        functools.partial(_kernel, call, tiling, operands, wanted, count, branches, transposed),
         name="tiled_backward",
         grid=(batch, heads, tiling.row_tiles),
         in_specs=[
             window,
+            pl.BlockSpec((1, 1), lambda b, n, i: (0, 0), memory_space=pltpu.SMEM),
             operands.specs,
-            pl.BlockSpec(
-                (None, None, tiling.rows, features), lambda b, n, i: (b, n // group, i, 0)
-            ),
-            pl.BlockSpec((None, None, tiling.rows, width), lambda b, n, i: (b, n // group, i, 0)),
+            of_tile(features, group),
+            of_tile(width, group),
             hbm,
             hbm,
+            {name: specs[name] for name in carried},
         ],
-        out_specs=[
-            pl.BlockSpec((None, None, *d_query), lambda b, n, i: (b, n, 0, 0)),
-            pl.BlockSpec((None, None, tiling.rows, features), lambda b, n, i: (b, n, i, 0)),
-            pl.BlockSpec((None, None, tiling.rows, width), lambda b, n, i: (b, n, i, 0)),
-            pl.BlockSpec(
-                (None, None, None, 1, tiling.column_part), lambda b, n, i: (b, n, i, 0, 0)
-            ),
-            [
-                pl.BlockSpec((None, None, *shape), lambda b, n, i: (b, n, 0, 0))
-                for shape in by_distance
-            ],
-            [
-                pl.BlockSpec((None, None, *shape), lambda b, n, i: (b, n, 0, 0, 0))
-                for shape in by_query
-            ],
-        ],
-        out_shape=[
-            tiles.result((batch, heads, *d_query), jnp.float32, x.query),
-            tiles.result((batch, heads, keys, features), dtypes[0], x.query),
-            tiles.result((batch, heads, keys, width), dtypes[1], x.query),
-            tiles.result(
-                (batch, heads, tiling.row_tiles, 1, tiling.column_part), jnp.float32, x.query
-            ),
-            [tiles.result((batch, heads, *shape), jnp.float32, x.query) for shape in by_distance],
-            [tiles.result((batch, heads, *shape), jnp.float32, x.query) for shape in by_query],
-        ],
+        out_specs=specs,
+        out_shape={name: tiles.result(*shape, x.query) for name, shape in shapes.items()},
+        input_output_aliases={
+            place + index: sorted(specs).index(name) for index, name in enumerate(sorted(carried))
+        },
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            # What is summed over batch or heads in device memory is summed by one core.
+            dimension_semantics=("arbitrary",) * 3
+            if any(total.in_place for total in wanted.values())
+            else ("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=tiles.VMEM_BYTES,
         ),
-    )
-
-    def run(*args: Any) -> tuple[Array, ...]:
-        d_query, *others = kernel(rows, *args)
-        return jnp.swapaxes(d_query, 2, 3) if transposed else d_query, *others
-
-    return run
+    )(*args, carried)
+    if transposed:
+        results["query"] = jnp.swapaxes(results["query"], 2, 3)
+    return results
 
 
 def _kernel(
     call: Scores,
     tiling: Tiling,
     operands: Operands,
+    wanted: dict[str, Sum],
+    count: int,
     branches: tuple[bool, bool],
     transposed: bool,
-    span: tuple[int, int],
-    slopes: bool,
     schedule: Any,
+    first: Any,
     refs: dict[str, Any],
     key: Any,
     value: Any,
     query: Any,
     d_out: Any,
-    d_query: Any,
-    d_key: Any,
-    d_value: Any,
-    d_slopes: Any,
-    d_table: Sequence[Any],
-    d_statistic: Sequence[Any],
+    carried: dict[str, Any],
+    out: dict[str, Any],
     scratch: dict[str, Any],
 ) -> None:
     """Adds what one tile of keys gives to all gradients.
 
-    Sums are kept [features, tokens] if `transposed`, else [tokens, features]. `d_table` holds one
-    array of sums by distance, or none, and `d_statistic` one of sums by query.
+    Sums are kept [features, tokens] if `transposed`, else [tokens, features].
     """
     b, n = pl.program_id(0), pl.program_id(1)
     options, exact = call.options, query.dtype == jnp.float32
     operands = operands.bound(refs, scratch["operands"])
-    table, band = operands.operands.get("table"), scratch.get("d_table")
+    d_query, first = out["query"], first[0, 0]
+
+    def each(method: str, *args: Any) -> None:
+        for name, total in wanted.items():
+            getattr(total, method)(out[name], scratch["sums"].get(name), *args)
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        for sums in (d_query, *d_table, *d_statistic):
-            sums[...] = jnp.zeros_like(sums)
+        d_query[...] = jnp.zeros_like(d_query)
+        each("begin_head")
 
-    for sums in (scratch["d_key"], scratch["d_value"], d_slopes):
-        sums[...] = jnp.zeros_like(sums)
+    for name in ("d_key", "d_value"):
+        scratch[name][...] = jnp.zeros_like(scratch[name])
+    each("begin_row")
     if transposed:
         scratch["key_t"][...] = key[...].T
 
-    def inside_span(number: Array) -> Array:
-        # A piece beyond the end has only zeros to add.
-        number = number if tiling.pieces == 1 else jnp.minimum(number, span[1] - 1)
-        return number - span[0]
-
     def gradients(
-        slot: Array, numbers: Sequence[Array], masked: bool, row: int, start: int
+        slot: Array, step: Step, masked: bool, row: int, start: int
     ) -> tuple[Array, Array]:
         """Returns weights and the gradient of products for a part of a tile."""
         here = operands.values(slot, row, start, masked)
         rows, columns = pl.ds(row, tiling.row_part), pl.ds(start, tiling.column_part)
-        key_numbers, query_numbers = tiles.positions(numbers, tiling, row, start)
+        key_numbers, query_numbers = tiles.positions(step.numbers, tiling, row, start)
         products = dot(key[rows], scratch["query"][slot, columns], 1, 1)
         scores, slope = call.held(products, here, query_numbers, key_numbers)
         d_weights = dot(value[rows], scratch["d_out"][slot, columns], 1, 1)
@@ -265,25 +297,21 @@ def _kernel(
             weights, by_weights = call.reweighted(weights, here["log_sum"])
             derivative, by_statistic = derivative * by_weights, by_statistic * by_weights
         d_scores = derivative * d_weights
-        for sums in d_statistic:
-            row_sums = jnp.sum(by_statistic * d_weights, axis=0, keepdims=True)
-            pieces = [inside_span(number) for number in numbers]
-            tiles.add_to_columns(sums, row_sums, pieces, tiling, start)
-        if slopes:
-            moved = d_scores * distance(here, query_numbers, key_numbers)
-            d_slopes[...] += jnp.sum(moved, axis=0, keepdims=True)
-        if d_table:
-            table.add(band, d_scores, row, start)
+        terms = dict.fromkeys(wanted, d_scores)
+        if "statistic" in wanted:
+            terms["statistic"] = by_statistic * d_weights
+        if "slopes" in wanted:
+            terms["slopes"] = d_scores * distance(here, query_numbers, key_numbers)
+        for name, total in wanted.items():
+            total.add(out[name], scratch["sums"].get(name), terms[name], step, row, start)
         return weights.astype(query.dtype), (d_scores * slope).astype(query.dtype)
 
-    def add(
-        slot: Array, numbers: Sequence[Array], row: int, start: int, parts: tuple[Array, Array]
-    ) -> None:
+    def add(slot: Array, step: Step, row: int, start: int, parts: tuple[Array, Array]) -> None:
         """Adds a part of a tile to the sums."""
         weights, d_products = parts
         rows, columns = pl.ds(row, tiling.row_part), pl.ds(start, tiling.column_part)
         if transposed:
-            at = pl.multiple_of(inside_span(numbers[0]) * tiling.columns + start, LANES)
+            at = pl.multiple_of(step.inside[0] * tiling.columns + start, LANES)
             scratch["d_value"][:, rows] += dot(scratch["d_out_t"][:, columns], weights, 1, 1)
             scratch["d_key"][:, rows] += dot(scratch["query_t"][:, columns], d_products, 1, 1)
             at = pl.ds(at, tiling.column_part)
@@ -294,14 +322,16 @@ def _kernel(
         product = dot(d_products, key[rows], 0, 0)
         size = min(tiling.columns, tiling.column_part)
         for begin in range(0, tiling.column_part, size):
-            piece, inside = divmod(start + begin, tiling.columns)
-            at = pl.multiple_of(inside_span(numbers[piece]) * tiling.columns + inside, size)
+            piece, offset = divmod(start + begin, tiling.columns)
+            at = pl.multiple_of(step.inside[piece] * tiling.columns + offset, size)
             d_query[pl.ds(at, size)] += product[begin : begin + size]
 
     def compute(slot: Array, numbers: Sequence[Array], masked: bool) -> None:
         operands.arrive(slot)
-        if d_table:
-            band[...] = jnp.zeros_like(band)
+        # A piece beyond the end has only zeros to add.
+        inside = [jnp.minimum(number - first, count - 1) for number in numbers]
+        step = Step(numbers, inside)
+        each("begin_step", step)
         if transposed:
             scratch["query_t"][...] = scratch["query"][slot].T
             scratch["d_out_t"][...] = scratch["d_out"][slot].T
@@ -309,24 +339,25 @@ def _kernel(
         # they overlap.
         waiting = []
         for row, start in parts(tiling):
-            waiting.append((row, start, gradients(slot, numbers, masked, row, start)))
+            waiting.append((row, start, gradients(slot, step, masked, row, start)))
             if len(waiting) > transposed:
-                add(slot, numbers, *waiting.pop(0))
+                add(slot, step, *waiting.pop(0))
         for part in waiting:
-            add(slot, numbers, *part)
-        if d_table:
-            table.fold(band, *d_table, numbers)
+            add(slot, step, *part)
+        each("end_step", step)
 
     head = (b, n)
     buffers = ((query.at[head], scratch["query"]), (d_out.at[head], scratch["d_out"]))
     copied = (operands.copies, operands.filled)
     tiles.visit(schedule, tiling, buffers, *copied, scratch["visit"], compute, branches)
-    for sums, out, factor in (
-        (scratch["d_key"], d_key, options.scale),
-        (scratch["d_value"], d_value, 1),
-    ):
-        total = sums[...].T if transposed else sums[...]
-        out[...] = (total * factor if factor != 1 else total).astype(out.dtype)
+    each("end_row")
+    for name, factor in (("key", options.scale), ("value", 1)):
+        total = scratch[f"d_{name}"][...]
+        total = total.T if transposed else total
+        total = total * factor if factor != 1 else total
+        if name in carried:
+            total += carried[name][...]
+        out[name][...] = total.astype(out[name].dtype)
 
 
 def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:

@@ -15,7 +15,7 @@ from pallas_kernels import masks
 from pallas_kernels.tiled import tiled_attention
 
 TILES = (128, 128)
-LEARNED = ("alibi_slopes", "sink", "row_statistic")
+LEARNED = ("bias", "logit_bias", "alibi_slopes", "sink", "row_statistic")
 """Arguments, beside query, key and value, by which kernels differentiate."""
 
 
@@ -56,15 +56,19 @@ class Call:
             name: jax.ShapeDtypeStruct((self.batch, *shape), self.dtype)
             for name, shape in shapes.items()
         }
-        learned = {n: jax.typeof(self.options[n]) for n in LEARNED if n in self.options}
-        return arrays | learned
+        return arrays | {name: jax.typeof(self.options[name]) for name in self.learned}
+
+    @property
+    def learned(self) -> list[str]:
+        """Returns the names of those that are no numbers."""
+        return [n for n in LEARNED if isinstance(self.options.get(n), jax.Array | np.ndarray)]
 
     @property
     def arrays(self) -> dict[str, jax.Array]:
         """Returns the arguments by which the call is differentiated."""
         return {
             name: jnp.asarray(self.options[name])
-            if name in LEARNED
+            if name in self.learned
             else normal(seed, *x.shape, dtype=x.dtype)
             for seed, (name, x) in enumerate(self.shapes.items())
         }
@@ -72,7 +76,7 @@ class Call:
     @property
     def others(self) -> dict[str, Any]:
         """Returns the rest of the arguments."""
-        return {name: x for name, x in self.options.items() if name not in LEARNED}
+        return {name: x for name, x in self.options.items() if name not in self.learned}
 
     def cotangents(self) -> tuple[jax.Array, jax.Array]:
         """Returns cotangents of the output and of the log-sum-exp."""

@@ -11,14 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import masks
 from pallas_kernels.partition import axes
-from pallas_kernels.tiled import tiled_attention
+from pallas_kernels.tiled import tiled_attention, tpu
 from tests.pallas_kernels.tiled.features import FEATURES, Call
 from tests.sharding import COLLECTIVE
 from tests.tpu import compile_for_tpu, tpu_mesh
 
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
-SLOWEST = 30.0
-"""Seconds of a processor that a compilation may take. Most take less than 1, none more than 11."""
+SLOWEST = 60.0
+"""Seconds of a processor that a program may take. Most take less than 2; machines may be busy."""
 
 
 def _gradients(call):
@@ -70,54 +70,44 @@ def test_forward_alone(topology):
 CROSS = Call(batch=2, queries=1, keys=5000, heads=4, features=64, dtype=jnp.bfloat16)
 LONG = {"features": 128, "dtype": jnp.bfloat16, "options": {"mask": masks.causal()}}
 LENGTHS = {
-    "one query": (CROSS, TOPOLOGIES[0], 2),
-    "one query, v6e": (CROSS, TOPOLOGIES[1], 2),
-    # The gradients of 32k queries are made by two kernels.
-    "32k tokens": (Call(queries=2**15, keys=2**15, **LONG), TOPOLOGIES[0], 3),
-    "16k tokens, v6e": (Call(queries=2**14, keys=2**14, **LONG), TOPOLOGIES[1], 2),
+    "one query": (CROSS, TOPOLOGIES[0]),
+    "one query, v6e": (CROSS, TOPOLOGIES[1]),
+    "16k tokens": (Call(queries=2**14, keys=2**14, **LONG), TOPOLOGIES[0]),
+    # The gradients of 32k queries are made by one kernel in a loop.
+    "32k tokens, v6e": (Call(queries=2**15, keys=2**15, **LONG), TOPOLOGIES[1]),
 }
 
 
-@pytest.mark.parametrize(("call", "topology", "kernels"), LENGTHS.values(), ids=LENGTHS)
-def test_tiles_of_the_default_size(call, topology, kernels):
+@pytest.mark.parametrize(("call", "topology"), LENGTHS.values(), ids=LENGTHS)
+def test_tiles_of_the_default_size(call, topology):
     call = dataclasses.replace(call, options={**call.options, "tile_sizes": None})
-    assert _kernels(_text(*_gradients(call), topology=topology)) == kernels
-
-
-def _listed(tokens, kept, batch=4, heads=16):
-    """Returns the arguments of a call with lists of so many blocks of 64 tokens."""
-    count = tokens // 64
-    x = jax.ShapeDtypeStruct((batch, tokens, heads, 128), jnp.bfloat16)
-    indices = jax.ShapeDtypeStruct((batch, heads, count, kept), jnp.int32)
-    return x, indices, jax.ShapeDtypeStruct(indices.shape[:-1], jnp.int32)
-
-
-def _with_lists(x, indices, counts):
-    return tiled_attention(x, x, x, mask=masks.blocks(indices, counts, 64, 64))
+    assert _kernels(_text(*_gradients(call), topology=topology)) == 2
 
 
 def test_block_lists_of_128k_tokens():
-    assert _kernels(_text(_with_lists, *_listed(2**17, 256))) == 1
+    """With 16 heads and 256 blocks of 64 tokens kept of 2048, gradients too fit a chip's memory."""
+    x = jax.ShapeDtypeStruct((1, 2**17, 16, 128), jnp.bfloat16)
+    indices = jax.ShapeDtypeStruct((1, 16, 2048, 256), jnp.int32)
+    counts = jax.ShapeDtypeStruct(indices.shape[:-1], jnp.int32)
+
+    def loss(x, indices, counts):
+        out = tiled_attention(x, x, x, mask=masks.blocks(indices, counts, 64, 64))
+        return out.astype(jnp.float32).sum()
+
+    assert _kernels(_text(jax.grad(loss), x, indices, counts)) == 2
 
 
-def test_gradients_with_block_lists():
-    def loss(*args):
-        return _with_lists(*args).astype(jnp.float32).sum()
-
-    assert _kernels(_text(jax.grad(loss), *_listed(2**12, 16))) == 2
-
-
-def test_a_gradient_of_a_bias_is_made_without_a_kernel():
+def test_a_gradient_that_the_kernel_lacks_is_made_without_it(monkeypatch):
     """The forward is the kernel's, whose log-sum-exp the backward takes up."""
-    call = FEATURES["bias"]
-    bias = call.options["bias"]
 
-    def loss(arrays, bias):
-        return call(arrays, bias=bias)[0].sum()
+    def supports(*, gradients=(), **_):
+        return "it has no gradient of sink" if "sink" in gradients else None
 
-    text = _text(jax.grad(loss, argnums=(0, 1)), call.shapes, bias)
-    assert _kernels(text) == 1
-    assert _kernels(_text(jax.grad(loss), call.shapes, bias)) == 2
+    monkeypatch.setattr(tpu, "supports", supports)
+    jax.clear_caches()
+    call = FEATURES["sink"]
+    assert _kernels(_text(*_gradients(call))) == 1
+    jax.clear_caches()
 
 
 def _sharded(kind):
