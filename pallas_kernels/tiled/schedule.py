@@ -47,13 +47,13 @@ def split(mask: Mask | None) -> tuple[list[Blocks], Mask | None]:
     return lists, masks.all_of([part for part in parts if not isinstance(part, Blocks)])
 
 
-def divisor(block: int, most: int) -> int | None:
-    """Returns the largest tile that divides a list's block and suits the kernel, or None.
+def divisor(block: int, most: int) -> int:
+    """Returns the largest tile that divides a list's block, a multiple of 16, and suits the kernel.
 
     Tiles are a multiple or a fraction of the 128 lanes of a register.
     """
     sizes = range(most - most % 128, 0, -128)
-    return next((size for size in (*sizes, 64, 32, FEWEST) if block % size == 0), None)
+    return next(size for size in (*sizes, 64, 32, FEWEST) if block % size == 0)
 
 
 def schedule(mask: Mask | None, grid: Grid) -> Int[Array, "B|1 N|K|1 rows entries"]:
@@ -64,7 +64,7 @@ def schedule(mask: Mask | None, grid: Grid) -> Int[Array, "B|1 N|K|1 rows entrie
       grid: the tiles. Where the mask has a block list, its blocks are multiples of them.
     """
     lists, rest = split(mask)
-    if not lists:
+    if len(lists) != 1:
         return _of_all_tiles(mask, grid, None)
     number, listed = _listed(*lists, grid)
     some, every = _occupancy(rest, grid, number)
@@ -86,7 +86,7 @@ def transposed_schedules(
 
 
 def _of_all_tiles(mask: Mask | None, grid: Grid, count: int | None) -> Any:
-    """Returns the schedule, or transposed ones if there is a count, of a mask that is no list."""
+    """Returns the schedule, or transposed ones if there is a count, of a mask."""
     if not jax.tree.leaves(mask):
         return _static(jax.tree.structure(mask), grid, count)
     return _made(mask, grid, count, jnp)
@@ -100,8 +100,8 @@ def _static(tree: Any, grid: Grid, count: int | None) -> np.ndarray:
 def _made(mask: Mask | None, grid: Grid, count: int | None, numpy: Any) -> Any:
     lists, rest = split(mask)
     some, every = _occupancy(rest, grid, _numbers(grid)[1])
-    if lists:
-        some, every, kept = masks.same_heads(some, every, _kept(*lists, grid))
+    for blocks in lists:
+        some, every, kept = masks.same_heads(some, every, _kept(blocks, grid))
         some = some & kept
     some, every = (
         numpy.broadcast_to(x, (1,) * (4 - x.ndim) + x.shape[:-2] + grid.shape)

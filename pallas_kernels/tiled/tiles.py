@@ -9,6 +9,7 @@ column, or a value for every score.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -448,13 +449,19 @@ def even(count: int, most: int) -> int:
     return -(-count // (number * step)) * step
 
 
-def listed(blocks: Blocks, transposed: bool) -> tuple[int, int, int, int]:
-    """Returns for a block list rows and columns of a tile, pieces in a step, columns in a part."""
-    rows, columns = divisor(blocks.block_q, 1024), divisor(blocks.block_k, 1024)
+def listed(x: Inputs, lists: Sequence[Blocks], transposed: bool) -> tuple[int, int, int, int]:
+    """Returns for block lists rows and columns of a tile, pieces in a step, columns in a part."""
+    most = 512 if has_scores(x) else 1024
+    rows, columns = (divisor(block, most) for block in common_blocks(lists))
     rows, columns = (columns, rows) if transposed else (rows, columns)
-    pieces = min(max(512 // columns, 1), 16)
+    pieces = 1 if has_scores(x) else min(max(512 // columns, 1), 16)
     width = columns * pieces
     return rows, columns, pieces, 512 if width % 512 == 0 else width if width < 512 else LANES
+
+
+def common_blocks(lists: Sequence[Blocks]) -> tuple[int, int]:
+    """Returns the largest blocks of queries and keys that divide those of all lists."""
+    return tuple(math.gcd(*(getattr(x, name) for x in lists)) for name in ("block_q", "block_k"))
 
 
 def result(shape: Sequence[int], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.tiled import tiles
 from pallas_kernels.tiled.inputs import Inputs, Options, without_hidden
-from pallas_kernels.tiled.schedule import Grid, divisor, schedule, split
+from pallas_kernels.tiled.schedule import FEWEST, Grid, schedule, split
 from pallas_kernels.tiled.scores import LOG2E, Operands, Scores, dot, parts
 from pallas_kernels.tiled.tiles import LANES, Tiling
 from pallas_kernels.tiled.tpu_backward import backward
@@ -46,21 +46,17 @@ def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ())
     if inputs.query.dtype == jnp.float64:
         return "it does not compute in float64"
     lists, _ = split(inputs.mask)
-    if len(lists) > 1:
-        return "it takes one block list, not several"
+    multiple, where = FEWEST, ""
+    if inputs.table is not None:
+        multiple, where = LANES, "with a relative_bias, "
+    elif tiles.has_scores(inputs):
+        multiple, where = LANES, "with a bias or dense mask over queries and keys, "
     for blocks in lists:
-        if divisor(blocks.block_q, 1024) is None or divisor(blocks.block_k, 1024) is None:
+        if blocks.block_q % multiple or blocks.block_k % multiple:
             return (
-                "blocks of a list must be multiples of 16 tokens; got block_q "
+                f"{where}blocks of a list must be multiples of {multiple} tokens; got block_q "
                 f"{blocks.block_q} and block_k {blocks.block_k}"
             )
-        if inputs.table is not None and (blocks.block_q % LANES or blocks.block_k % LANES):
-            return (
-                f"with a relative_bias, blocks of a list must be multiples of {LANES} tokens; got "
-                f"block_q {blocks.block_q} and block_k {blocks.block_k}"
-            )
-        if tiles.has_scores(inputs):
-            return "a bias or dense mask over queries and keys does not go with a block list"
     return None
 
 
@@ -219,7 +215,7 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
     keys = x.key.shape[1]
     lists, _ = split(x.mask)
     if lists:
-        rows, columns, pieces, part = tiles.listed(lists[0], transposed=False)
+        rows, columns, pieces, part = tiles.listed(x, lists, transposed=False)
     else:
         tile_q, tile_k, part = tiles.chosen(TILES, Grid(queries, keys, 0, 0), x.mask, 0)
         if x.table is not None and tile_q > 1024:  # registers would spill

@@ -366,7 +366,7 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
     keys = x.key.shape[1]
     lists, _ = split(x.mask)
     if lists:
-        rows, columns, pieces, column_part = tiles.listed(lists[0], transposed=True)
+        rows, columns, pieces, column_part = tiles.listed(x, lists, transposed=True)
         row_part = rows
     else:
         tile_q, tile_k, column_part, row_part = tiles.chosen(

@@ -220,6 +220,15 @@ BLOCK_LISTS = {
             "query_offset": 40,
         },
     ),
+    "blocks, dense": block_list(
+        128,
+        256,
+        options={"bias": normal(5, 1, 1, T, 500), "mask": masks.dense(_some(1, 2, T, 500))},
+        keys=500,
+    ),
+    "two lists": block_list(
+        64, 128, options={"mask": block_list(128, 64, keys=300).options["mask"]}, keys=300, lists=2
+    ),
     "blocks, sigmoid": block_list(128, 128, options={"weights": "sigmoid"}),
     "no blocks": Call({"mask": masks.blocks([[[[0], [1]]]], [[[0, 0]]], 128, 128)}),
 }

@@ -293,14 +293,14 @@ LISTS = masks.blocks(np.zeros((1, 1, 2, 1), int), np.ones((1, 1, 2), int), 16, 1
             {"relative_bias": jnp.ones((1, 3)), "mask": LISTS},
             "with a relative_bias, blocks of a list must be multiples of 128 tokens",
         ),
-        ({"mask": LISTS & LISTS}, "it takes one block list, not several"),
         (
             {"mask": masks.blocks(np.zeros((1, 1, 2, 1), int), np.ones((1, 1, 2), int), 24, 16)},
             "blocks of a list must be multiples of 16 tokens; got block_q 24 and block_k 16",
         ),
         (
             {"mask": LISTS & masks.dense(np.ones((32, 32), bool))},
-            "a bias or dense mask over queries and keys does not go with a block list",
+            "with a bias or dense mask over queries and keys, blocks of a list must be multiples "
+            "of 128 tokens; got block_q 16 and block_k 16",
         ),
     ],
 )
