@@ -1,6 +1,7 @@
 """A contiguous cache of all keys and values."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -83,3 +84,34 @@ def init_kv_cache(
         value=jnp.zeros((batch, max_length, num_kv_heads, value_dim), dtype),
         length=jnp.zeros((), jnp.int32),
     )
+
+
+def init_of_mechanism(slug: str) -> Callable[..., KVCache]:
+    """Returns the `init_<slug>_state` of a mechanism whose state is a cache of keys and values."""
+
+    def init_state(
+        batch: int,
+        max_length: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        dtype: DTypeLike = jnp.float32,
+    ) -> KVCache:
+        """Returns an empty cache for `{slug}_step`.
+
+        Args:
+          batch: number of sequences.
+          max_length: number of tokens that it can hold.
+          num_heads: number of query heads; the cache does not depend on it.
+          num_kv_heads: number of key heads.
+          head_dim: width of a key.
+          value_dim: width of a value.
+          dtype: of keys and values.
+        """
+        del num_heads
+        return init_kv_cache(batch, max_length, num_kv_heads, head_dim, value_dim, dtype)
+
+    init_state.__name__ = init_state.__qualname__ = f"init_{slug}_state"
+    init_state.__doc__ = init_state.__doc__.replace("{slug}", slug)
+    return init_state

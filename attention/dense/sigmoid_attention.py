@@ -3,10 +3,10 @@
 import math
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from attention.cache.kv_cache import KVCache, init_kv_cache
+from attention.cache.kv_cache import KVCache, init_of_mechanism
 from attention.catalogue import Mechanism
 from attention.dense.arguments import appended, batched, joined_mask, log_counts
 from pallas_kernels import masks
@@ -217,28 +217,7 @@ def sigmoid_attention_step(
     return out, state
 
 
-def init_sigmoid_attention_state(
-    batch: int,
-    max_length: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    value_dim: int,
-    dtype: DTypeLike = jnp.float32,
-) -> KVCache:
-    """Returns an empty cache for `sigmoid_attention_step`.
-
-    Args:
-      batch: number of sequences.
-      max_length: number of tokens that it can hold.
-      num_heads: number of query heads; the cache does not depend on it.
-      num_kv_heads: number of key heads.
-      head_dim: width of a key.
-      value_dim: width of a value.
-      dtype: of keys and values.
-    """
-    del num_heads
-    return init_kv_cache(batch, max_length, num_kv_heads, head_dim, value_dim, dtype)
+init_sigmoid_attention_state = init_of_mechanism("sigmoid_attention")
 
 
 def _exp(temperature: Float[Array, ""]) -> Float[Array, ""]:
