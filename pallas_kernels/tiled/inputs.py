@@ -129,6 +129,33 @@ def zero_outside(array: Array, first: Bound, start: Bound, stop: Bound) -> Array
     return jnp.where(inside.reshape(*inside.shape, *(1,) * (array.ndim - 2)), array, 0)
 
 
+def of_rows(
+    out: Float[Array, "B T N V"],
+    lse: Float[Array, "B T N"],
+    d_out: Float[Array, "B T N V"],
+    d_lse: Float[Array, "B T N"],
+) -> tuple[Array, Array, Array]:
+    """Returns what the backward needs of rows: d_out, the divisor's logarithm, and delta.
+
+    Here delta = sum(d_out * out) - d_lse. Of an empty row, all is 0, whatever its cotangents are.
+    """
+    empty = jnp.isneginf(lse)
+    d_out = jnp.where(empty[..., None], 0, d_out)
+    delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - d_lse
+    return d_out, as_divisor(lse), jnp.where(empty, 0, delta)
+
+
+def sink_gradient(x: Inputs, lse: Array, delta: Array) -> Array:
+    """Returns the gradient of the sinks, from what `of_rows` returns."""
+    sink = jnp.swapaxes(x.sink, 1, 2)
+    return jnp.swapaxes(unbroadcast(-jnp.exp(sink - lse) * delta, sink.shape), 1, 2)
+
+
+def as_divisor(log_sum: Array) -> Array:
+    """Returns logarithms of row sums with inf for -inf: divided by it, all of an empty row is 0."""
+    return jnp.where(jnp.isneginf(log_sum), jnp.inf, log_sum)
+
+
 def unbroadcast(array: Array, shape: Sequence[int]) -> Array:
     """Sums an array over the dimensions in which `shape` has 1."""
     axes = tuple(i for i, size in enumerate(shape) if size == 1 < array.shape[i])

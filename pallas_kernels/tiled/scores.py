@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Mask
-from pallas_kernels.tiled.inputs import LEAST_EXCESS, Inputs, Options
+from pallas_kernels.tiled.inputs import LEAST_EXCESS, Inputs, Options, as_divisor
 from pallas_kernels.tiled.schedule import split
 from pallas_kernels.tiled.table import Table
 from pallas_kernels.tiled.tiles import Operand, Tiling
@@ -95,8 +95,7 @@ class Scores(NamedTuple):
 
     def divisor(self, log_sum: Array) -> Array:
         """Returns what `divided` takes for the logarithm of what weights are divided by."""
-        # Divided by infinity, all of an empty row is 0.
-        log_sum = jnp.where(jnp.isneginf(log_sum), jnp.inf, log_sum).astype(jnp.float32)
+        log_sum = as_divisor(log_sum).astype(jnp.float32)
         return log_sum * LOG2E if self.options.weights == "softmax" else jnp.exp(-log_sum)
 
     def divided(self, scores: Array, divisor: Array | None, exact: bool) -> tuple[Array, Array]:

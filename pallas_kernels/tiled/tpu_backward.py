@@ -17,7 +17,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.tiled import sums, tiles
-from pallas_kernels.tiled.inputs import Inputs, Options, unbroadcast, without_hidden
+from pallas_kernels.tiled.inputs import (
+    Inputs,
+    Options,
+    of_rows,
+    sink_gradient,
+    unbroadcast,
+    without_hidden,
+)
 from pallas_kernels.tiled.schedule import Grid, split, transposed_schedules
 from pallas_kernels.tiled.scores import LOG2E, Operands, Scores, distance, dot, parts
 from pallas_kernels.tiled.sums import Step, Sum
@@ -43,12 +50,7 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     tiling, grid = _tiling(options, x)
     padding = ((0, 0), (0, 0), (0, tiling.column_tiles * tiling.columns - queries))
 
-    # Of a row without keys all is 0, whatever its cotangents are.
-    hidden = jnp.isneginf(lse)
-    d_out = jnp.where(hidden[..., None], 0, d_out)
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
-    delta = jnp.where(hidden, 0, delta)
-    lse = jnp.where(hidden, jnp.inf, lse)
+    d_out, lse, delta = of_rows(out, lse, d_out, d_lse)
     call, more = Scores.of(options, x), {}
     by_head = jnp.pad(jnp.swapaxes(lse, 1, 2), padding, constant_values=jnp.inf)
     if options.normalise:
@@ -117,9 +119,7 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
         gradient = -totals["statistic"][..., :queries]
         gradients["statistic"] = unbroadcast(gradient, x.statistic.shape)
     if "sink" in names:
-        sink = jnp.swapaxes(x.sink, 1, 2)
-        gradient = unbroadcast(-jnp.exp(sink - lse) * delta, sink.shape)
-        gradients["sink"] = jnp.swapaxes(gradient, 1, 2)
+        gradients["sink"] = sink_gradient(x, lse, delta)
     return tuple(gradients[name] for name in names)
 
 

@@ -28,6 +28,9 @@ from pallas_kernels.tiled.inputs import (
     WEIGHTS,
     Inputs,
     Options,
+    as_divisor,
+    of_rows,
+    sink_gradient,
     unbroadcast,
     zero_outside,
 )
@@ -65,7 +68,7 @@ def forward(
         query_tile = _cut(query, -1, row, call.rows)
         log_sum = None
         if statistic is not None:
-            log_sum = _divisor(_cut(statistic, -1, row, call.rows))
+            log_sum = as_divisor(_cut(statistic, -1, row, call.rows))
 
         def key_tile(j: Bound, carry: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
             maximum, total, sums = carry
@@ -137,24 +140,16 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     group = heads // kv_heads
 
     # With weights w(S) and P = w / Z, dS = w'(S) / Z (dP - delta), for a softmax P (dP - delta);
-    # as they are, or where Z is given, with no delta; reweighted, see `_Call.reweighted`. Of a row
-    # whose sum is 0, all is 0, whatever its cotangents are.
-    hidden = jnp.isneginf(lse)
-    d_out = jnp.where(hidden[..., None], 0, d_out)
-    delta = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_lse
-    delta = jnp.where(hidden, 0, delta)
-    lse = _divisor(lse)
-    d_sink = None
-    if "sink" in names:
-        sink = jnp.swapaxes(x.sink, 1, 2)
-        d_sink = jnp.swapaxes(unbroadcast(-jnp.exp(sink - lse) * delta, sink.shape), 1, 2)
+    # as they are, or where Z is given, with no delta; reweighted, see `_Call.reweighted`.
+    d_out, lse, delta = of_rows(out, lse, d_out, d_lse)
+    d_sink = sink_gradient(x, lse, delta) if "sink" in names else None
     query, d_out = call.by_feature(x.query), call.by_feature(d_out)
     lse, delta = (
         jnp.moveaxis(y, 1, 2).reshape(batch, kv_heads, group, queries) for y in (lse, delta)
     )
     log_sum = lse if options.normalise or x.statistic is not None else None
     if options.reweight is not None:
-        log_sum = _divisor(call.statistic())
+        log_sum = as_divisor(call.statistic())
 
     def key_tile(j: Bound, carry: _Gradients) -> _Gradients:
         column = call.column(j)
@@ -461,11 +456,6 @@ def _loop(bounds: tuple[Bound, Bound], body: Callable[[Bound, Any], Any], carry:
     if isinstance(start, int) and isinstance(stop, int) and stop <= start + 1:
         return body(start, carry) if start < stop else carry
     return jax.lax.fori_loop(jnp.int32(start), jnp.int32(stop), body, carry)
-
-
-def _divisor(log_sum: Array) -> Array:
-    """Returns logarithms of row sums with inf for -inf: divided by it, all of an empty row is 0."""
-    return jnp.where(jnp.isneginf(log_sum), jnp.inf, log_sum)
 
 
 def _tiles(bounds: tuple[Bound, Bound], length: int, size: int) -> tuple[Bound, Bound]:
