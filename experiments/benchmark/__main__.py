@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 
 import tyro
 
 from experiments.benchmark import tiled
-from experiments.benchmark.table import show
+from experiments.benchmark.table import Report, show
 from experiments.errors import USAGE, ExperimentError, run_command
 
 FAMILIES = {"tiled": ("online-softmax attention over tiles", tiled.REPORTS)}
@@ -33,7 +35,17 @@ def main() -> None:
         description=__doc__,
         args=arguments[1:],
     )
-    show(config.report(), config.output, f"benchmark {' '.join(arguments)}")
+    report, command = Report(), f"benchmark {' '.join(arguments)}"
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        config.fill(report)
+    except (KeyboardInterrupt, SystemExit):
+        # What was measured before somebody stopped it is not lost.
+        if report.rows:
+            with contextlib.suppress(ExperimentError):
+                show(report, config.output, command)
+        raise
+    show(report, config.output, command)
 
 
 if __name__ == "__main__":

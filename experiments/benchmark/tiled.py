@@ -76,9 +76,9 @@ class ScheduleConfig(ReportConfig):
     cases: Path = Path(tiled_cases.__file__)
     """Python file with a function `cases()`, as of `python -m experiments.compile_report`."""
 
-    def report(self) -> Report:
+    def fill(self, report: Report) -> None:
         """Compiles every case for every TPU."""
-        return _compile_all(self, SCHEDULE_COLUMNS, schedules=True)
+        _compile_all(self, report, SCHEDULE_COLUMNS, schedules=True)
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ class CompileTimeConfig(ReportConfig):
     cases: Path = Path(tiled_features.__file__)
     """Python file with a function `cases()`, as of `python -m experiments.compile_report`."""
 
-    def report(self) -> Report:
+    def fill(self, report: Report) -> None:
         """Compiles every case for every TPU; the last row has the longest times."""
         columns = {"seconds": lambda compiled: f"{compiled.seconds:.1f}"}
-        report = _compile_all(self, columns, schedules=False)
+        _compile_all(self, report, columns, schedules=False)
         longest = {"kernel": "longest"}
         for topology in self.topologies:
             seconds = [
@@ -104,7 +104,6 @@ class CompileTimeConfig(ReportConfig):
             if seconds:
                 longest[f"{chip_of(topology)} seconds"] = f"{max(seconds):.1f}"
         report.rows.append(longest)
-        return report
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class CpuConfig(ReportConfig):
     repeats: int = 5
     """Runs, of which the fastest counts."""
 
-    def report(self) -> Report:
+    def fill(self, report: Report) -> None:
         """Runs ours and theirs, forward and gradient; growth is over the length before."""
         for name in ("tokens", "compiled_tokens"):
             if any(tokens < 1 for tokens in getattr(self, name)):
@@ -131,12 +130,10 @@ class CpuConfig(ReportConfig):
             raise ExperimentError(f"repeats: {self.repeats}; it must be at least 1")
         # libtpu, where it is installed, would complain that it finds no TPU.
         jax.config.update("jax_platforms", "cpu")
-        report = Report()
         for mask, direction in chosen(_passes(), self.only).values():
             before = {}
             for tokens in sorted({*self.tokens, *self.compiled_tokens}):
                 before = self._add(report, mask, direction, tokens, before)
-        return report
 
     def _add(
         self, report: Report, mask: str, direction: str, tokens: int, before: dict[str, int]
@@ -182,7 +179,7 @@ class GpuConfig(ReportConfig):
     repeats: int = 20
     """Runs, of which the fastest counts."""
 
-    def report(self) -> Report:
+    def fill(self, report: Report) -> None:
         """Runs all of them in turn on the same arrays."""
         if jax.default_backend() != "gpu":
             raise ExperimentError(
@@ -196,7 +193,6 @@ class GpuConfig(ReportConfig):
         }
         if importlib.util.find_spec("tokamax"):
             peers["tokamax"] = _tokamax
-        report = Report()
         for label, (mask, direction) in chosen(_passes(), self.only).items():
             row, record = {"pass": label}, {"mask": mask, "direction": direction}
             for name, peer in peers.items():
@@ -207,7 +203,6 @@ class GpuConfig(ReportConfig):
                 record[f"{name} seconds"] = seconds
                 row[f"{name} ms"] = f"{1e3 * seconds:.3f}"
             report.add(row, record)
-        return report
 
 
 REPORTS = {
@@ -258,13 +253,13 @@ def _tokamax(mask: str, *arrays: Array) -> Array:
 
 def _compile_all(
     config: ScheduleConfig | CompileTimeConfig,
+    report: Report,
     columns: dict[str, Callable[[Compiled], str]],
     *,
     schedules: bool,
-) -> Report:
-    """Returns a row for every case of a report, with the same columns for every TPU."""
+) -> None:
+    """Adds a row for every case to a report, with the same columns for every TPU."""
     check_compiler(*config.topologies)
-    report = Report()
     for name, case in chosen(load_cases(config.cases), config.only).items():
         row = {"kernel": name}
         for topology in config.topologies:
@@ -288,4 +283,3 @@ def _compile_all(
             row |= {f"{chip_of(topology)} {column}": cell for column, cell in cells.items()}
             report.records.append(record)
         report.rows.append(row)
-    return report

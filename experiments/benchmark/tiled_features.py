@@ -35,6 +35,13 @@ def cases() -> dict[str, Case | str]:
         "sink": {"mask": masks.causal(), "sink": SLOPES},
         "bias": {"bias": np.zeros((1, 1, TOKENS, TOKENS), jnp.bfloat16)},
         "softplus": {"mask": masks.causal(), "weights": "softplus"},
+        "softplus, reweighted": {
+            "mask": masks.causal(),
+            "weights": "softplus",
+            "row_statistic": SLOPES,
+            "reweight": (3.0, 1.0),
+        },
+        "relative bias": {"relative_bias": np.zeros((HEADS, 257), np.float32)},
         "block list": {"mask": masks.causal() & masks.blocks(*_lists(64, 16), 64, 64)},
         "block list of 16 tokens": {"mask": masks.blocks(*_lists(16, 32), 16, 16)},
     }

@@ -3,14 +3,18 @@
 import functools
 import importlib.util
 import json
+import signal
+import sys
 import textwrap
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+import tyro
 
 from experiments import compile_report
+from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import tiled, tiled_cases, tiled_features
 from experiments.benchmark.table import Report, markdown, show
 from experiments.compile_report import Work, basic_blocks, read_schedule
@@ -179,7 +183,8 @@ def test_schedule_report(monkeypatch, cases_file):
 
     monkeypatch.setattr(tiled, "compile_case", compile_case)
     monkeypatch.setattr(tiled, "check_compiler", lambda *_: None)
-    report = tiled.ScheduleConfig(cases=cases_file).report()
+    report = Report()
+    tiled.ScheduleConfig(cases=cases_file).fill(report)
     product, missing, wrong, plain = report.rows
     chips = [f"{chip} {name}" for chip in ("v5e", "v6e") for name in tiled.SCHEDULE_COLUMNS]
     assert [*product] == [*missing] == [*wrong] == ["kernel", *chips]
@@ -199,13 +204,13 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for config in (tiled.ScheduleConfig(), tiled.CompileTimeConfig()):
         with pytest.raises(ExperimentError, match=r"libtpu, .* is not installed; .* '\.\[dev\]'"):
-            config.report()
+            config.fill(Report())
 
 
 def test_topology_of_no_tpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     with pytest.raises(ExperimentError, match="topology: 'h100:1'; must be one of v4, v5e"):
-        tiled.ScheduleConfig(topologies=("v5e:2x2", "h100:1")).report()
+        tiled.ScheduleConfig(topologies=("v5e:2x2", "h100:1")).fill(Report())
 
 
 @pytest.mark.parametrize("implemented", (False, True))
@@ -237,7 +242,8 @@ def test_cpu_report():
     config = tiled.CpuConfig(
         tokens=(64,), compiled_tokens=(512, 1024), heads=2, features=8, repeats=1, only="t, causal"
     )
-    report = config.report()
+    report = Report()
+    config.fill(report)
     assert [(row["pass"], row["tokens"]) for row in report.rows] == [
         ("gradient, causal", tokens) for tokens in ("64", "512", "1,024")
     ]
@@ -282,6 +288,26 @@ def test_table_and_json(tmp_path, capsys):
     with pytest.raises(ExperimentError, match=r"output: cannot write .*: No such file"):
         show(report, tmp_path / "none" / "out.json", "a command")
     assert markdown([{"a": ""}]) == "| a |\n| --- |\n| - |"
+
+
+def test_what_was_measured_before_a_stop_is_shown(monkeypatch, capsys):
+    class Config:
+        output = None
+
+        def fill(self, report):
+            report.add({"kernel": "a", "bundles": "12"})
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", lambda *_, **__: Config())
+    monkeypatch.setattr(sys, "argv", ["benchmark", "tiled", "cpu"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            benchmark.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "| a | 12 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
