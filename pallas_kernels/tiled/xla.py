@@ -251,9 +251,8 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, options: Options, x: Inputs) -> "_Call":
-        batch, queries, heads, _ = x.query.shape
-        keys = x.key.shape[1]
-        rows, columns = tile_sizes(options, batch * heads, queries, keys)
+        queries, keys = x.query.shape[1], x.key.shape[1]
+        rows, columns = _tile_sizes(options, x)
         key_range = (0, keys)
         if x.mask is not None:
             x = x._replace(mask=x.mask.prepared(queries, keys))
@@ -441,10 +440,14 @@ class _Call(NamedTuple):
         return array.reshape(batch, queries, kv_heads * group, features)
 
 
-def tile_sizes(options: Options, batch_heads: int, queries: int, keys: int) -> tuple[int, int]:
+def _tile_sizes(options: Options, x: Inputs) -> tuple[int, int]:
     """Returns the number of queries and keys in a tile, by default about TILE_SCORES scores."""
-    bits = int(math.log2(max(TILE_SCORES // batch_heads, 1)))
-    rows, columns = (min(max(2**n, 64), 256) for n in ((bits + 1) // 2, bits // 2))
+    batch, queries, heads, _ = x.query.shape
+    keys = x.key.shape[1]
+    bits = int(math.log2(max(TILE_SCORES // (batch * heads), 1)))
+    rows = min(max(2 ** ((bits + 1) // 2), 64), 256)
+    # Large tiles take less time, but a mask leaves more of them.
+    columns = min(max(2**bits // rows, 64), 1024 if x.mask is None else 512)
     if queries < rows:
         columns = min(columns * (rows // queries), 1024)
     return min(queries, options.tile_q or rows), min(keys, options.tile_k or columns)
