@@ -32,7 +32,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import choose, partition
-from pallas_kernels.scan import reference, xla
+from pallas_kernels.scan import reference, tpu, xla
 from pallas_kernels.scan.inputs import (
     Gated,
     Inputs,
@@ -47,9 +47,9 @@ from pallas_kernels.scan.inputs import (
 
 __all__ = ["ScanState", "SoftmaxState", "gated_scan", "selective_scan", "softmax_scan"]
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"xla": xla, "reference": reference, "pallas_tpu": tpu}
 
-KERNELS: dict[str, str] = {}
+KERNELS = {"tpu": "pallas_tpu"}
 """The implementation that has the kernels for a platform."""
 
 CHUNK_SIZE = 128

@@ -26,7 +26,7 @@ class Case:
     """A call: shapes and features. Channels are heads of scores; features, numbers in a state."""
 
     scan: str
-    tokens: int = 15
+    tokens: int = 12
     batch: int = 2
     channels: int = 6
     features: int = 4
@@ -118,6 +118,16 @@ class Case:
         """Is `traced`, compiled."""
         return self.traced(arrays, implementation)
 
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def gradients(self, arrays, implementation):
+        """Returns the gradients of `loss` by all arguments, and the results."""
+
+        def loss(arrays):
+            results = self.traced(arrays, implementation)
+            return self.loss(results), results
+
+        return jax.grad(loss, has_aux=True)(arrays)
+
     def expected(self, arrays):
         """Returns the same by the oracle."""
         arrays = {n: np.float64(x) for n, x in arrays.items()}
@@ -143,11 +153,6 @@ class Case:
             loss += numpy.sum(finite * rng.standard_normal(result.shape).astype(wide.dtype))
         return loss
 
-    @functools.partial(jax.jit, static_argnums=(0, 2))
-    def gradients(self, arrays, implementation):
-        """Returns the gradients of `loss` by all arguments."""
-        return jax.grad(lambda arrays: self.loss(self.traced(arrays, implementation)))(arrays)
-
 
 def meaning(state):
     """Returns a state; that of a softmax scan as its log-sum-exp and its mean of values."""
@@ -161,21 +166,34 @@ def meaning(state):
 
 CASES = {
     "gated": Case("gated"),
-    "gated, all": Case("gated", segments=True, state=True),
+    "gated, all": Case("gated", tokens=15, segments=True, state=True),
     "gated, one token": Case("gated", tokens=1, state=True),
     "gated, one chunk": Case("gated", tokens=4, chunk=64),
     "gated, chunks of one": Case("gated", tokens=5, chunk=1, state=True),
     "gated, decay of 0": Case("gated", log_decay=-np.inf, state=True),
     "gated, decay of 1": Case("gated", log_decay=0.0, state=True, segments=True),
     "selective": Case("selective", skip=False, bias=False),
-    "selective, all": Case("selective", segments=True, state=True),
+    "selective, all": Case("selective", tokens=15, segments=True, state=True),
     "selective, grouped": Case("selective", groups=2, segments=True, state=True),
     "selective, one group": Case("selective", groups=1, softplus=False, state=True),
     "selective, one token": Case("selective", tokens=1, state=True, features=1),
-    "selective, whole chunks": Case("selective", tokens=8, batch=1, channels=3),
     "softmax": Case("softmax"),
-    "softmax, all": Case("softmax", segments=True, state=True),
+    "softmax, all": Case("softmax", tokens=15, segments=True, state=True),
     "softmax, grouped": Case("softmax", groups=2, segments=True, state=True),
     "softmax, one token": Case("softmax", tokens=1, groups=1, chunk=1),
-    "softmax, whole chunks": Case("softmax", tokens=8, state=True, features=1),
 }
+
+TPU_CASES = {
+    "gated, float32": Case(
+        "gated", tokens=136, channels=100, chunk=None, segments=True, state=True
+    ),
+    "gated, bfloat16": Case("gated", tokens=256, batch=1, channels=256, chunk=None),
+    "selective, float32": Case(
+        "selective", 136, 1, 100, features=5, chunk=None, segments=True, state=True
+    ),
+    "selective, bfloat16": Case(
+        "selective", 128, 1, 256, 8, groups=2, chunk=None, skip=False, bias=False, softplus=False
+    ),
+}
+"""What the TPU kernels serve: chunks of the default size, channels and numbers that fill registers
+or do not."""

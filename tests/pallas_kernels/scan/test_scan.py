@@ -1,6 +1,7 @@
 """Scans: every implementation against the equations, in values and gradients."""
 
 import dataclasses
+import itertools
 
 import chex
 import hypothesis
@@ -29,18 +30,12 @@ ALL = [name for name in CASES if name.endswith("all")]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_equations(case, name, x64):
+def test_equations_and_gradients(case, x64):
     arrays = case.arrays()
-    assert_close(case.call(arrays, name), case.expected(arrays), jnp.float64)
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_gradients(case, x64):
-    arrays = case.arrays()
-    actual, expected = (case.gradients(arrays, name) for name in NAMES)
-    assert_close(actual, expected, jnp.float64)
+    (gradients, results), (expected, defined) = (case.gradients(arrays, name) for name in NAMES)
+    assert_close((results, defined), (case.expected(arrays),) * 2, jnp.float64)
+    assert_close(gradients, expected, jnp.float64)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,7 +43,7 @@ def test_gradients(case, x64):
 def test_gradients_by_differences(case, name, x64):
     case = dataclasses.replace(CASES[case], tokens=9, chunk=4)
     arrays = {n: np.asarray(x) for n, x in case.arrays().items()}
-    gradients = case.gradients(arrays, name)
+    gradients, _ = case.gradients(arrays, name)
     for array, x in arrays.items():
         step = 1e-5 * np.random.default_rng(3).standard_normal(x.shape)
         more, less = (case.loss(case.expected(arrays | {array: y})) for y in (x + step, x - step))
@@ -56,19 +51,20 @@ def test_gradients_by_differences(case, name, x64):
         np.testing.assert_allclose(slope, (more - less) / 2, rtol=1e-6, atol=1e-12, err_msg=array)
 
 
-@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16, jnp.float16))
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*itertools.product(ALL, (jnp.float32, jnp.bfloat16)), ("gated, all", jnp.float16)],
+)
 def test_precision(case, dtype):
-    case = dataclasses.replace(CASES[case], tokens=30)
+    case = dataclasses.replace(CASES[case], tokens=28)
     arrays = case.arrays(dtype)
-    results, gradients = case.call(arrays, "xla"), case.gradients(arrays, "xla")
+    gradients, results = case.gradients(arrays, "xla")
     assert results[0].dtype == dtype
     assert {x.dtype for x in jax.tree.leaves(results[1])} == {jnp.dtype("float32")}
     chex.assert_trees_all_equal_dtypes(gradients, arrays)
     with jax.enable_x64(True):
         wide = {n: jnp.asarray(np.float64(x)) for n, x in arrays.items()}
-        assert_close(results, case.call(wide, "reference"), dtype)
-        assert_close(gradients, case.gradients(wide, "reference"), dtype)
+        assert_close((gradients, results), case.gradients(wide, "reference"), dtype)
 
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
@@ -93,15 +89,14 @@ def test_decays_of_any_strength_over_many_tokens(dtype):
 
 
 def test_scores_of_any_size(x64):
-    case = Case("softmax", tokens=30, segments=True)
+    case = Case("softmax", tokens=28, segments=True)
     arrays = case.arrays()
     arrays["score"] = 1e4 * arrays["score"]
-    arrays["score"] = jnp.where(jnp.arange(30)[:, None] % 5 == 0, -jnp.inf, arrays["score"])
+    arrays["score"] = jnp.where(jnp.arange(28)[:, None] % 5 == 0, -jnp.inf, arrays["score"])
     for name in NAMES:
-        results = case.call(arrays, name)
+        gradients, results = case.gradients(arrays, name)
         assert_close(results, case.expected(arrays), jnp.float64)
         assert (results[0][:, 0] == 0).all()  # nothing has been seen yet
-        gradients = case.gradients(arrays, name)
         chex.assert_tree_all_finite(gradients)
         assert (gradients["value"][:, ::5] == 0).all()
 
@@ -166,15 +161,15 @@ def in_parts(case, arrays, ends, implementation):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scan", ("gated", "selective", "softmax"))
 def test_a_prompt_and_then_token_by_token(scan, name):
-    case = Case(scan, tokens=12, state=True, chunk=4)
+    case = Case(scan, tokens=8, state=True)
     arrays = case.arrays(np.float32)
-    stepped = in_parts(case, arrays, range(7, 13), name)
+    stepped = in_parts(case, arrays, range(4, 9), name)
     assert_close(stepped, case.call(arrays, name))
 
 
 @pytest.mark.parametrize("case", ALL)
 def test_vmap(case):
-    case = dataclasses.replace(CASES[case], tokens=10)
+    case = dataclasses.replace(CASES[case], tokens=8)
     several = [case.arrays(np.float32, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
     stacked |= {n: several[0][n] for n in PARAMETERS if n in stacked}
@@ -182,7 +177,7 @@ def test_vmap(case):
     dims = {n: None if n in PARAMETERS else 0 for n in stacked}
 
     def run(arrays):
-        return case.traced(arrays, "xla"), case.gradients(arrays, "xla")
+        return case.gradients(arrays, "xla")
 
     actual = jax.jit(jax.vmap(run, in_axes=(dims,)))(stacked)
     expected = jax.tree.map(lambda *x: jnp.stack(x), *map(jax.jit(run), several))

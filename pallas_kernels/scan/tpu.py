@@ -1,0 +1,62 @@
+"""Scans as Pallas kernels for TPU: the gated and the selective scan."""
+
+from typing import Any
+
+from jaxtyping import Array
+
+from pallas_kernels.scan import tpu_gated, tpu_selective
+from pallas_kernels.scan.inputs import Inputs, Options, Selective
+from pallas_kernels.scan.tiles import LANES
+
+KERNELS = {"gated": tpu_gated, "selective": tpu_selective}
+
+FEWEST = 16
+"""Tokens from which on a kernel is worth its start; fewer are steps."""
+
+LONGEST = 512
+"""Tokens in a tile."""
+
+MOST_NUMBERS = 2**15
+"""Of a channel's states of a tile, which the backward has in memory at once: 16 MiB for a register
+of channels."""
+
+
+def supports(*, options: Options, inputs: Inputs) -> str | None:
+    """Returns why the kernels do not serve a call, or None."""
+    if options.scan not in KERNELS:
+        return f"it has no {options.scan} scan"
+    dtypes = {array.dtype.name for array in inputs.tokens}
+    if "float64" in dtypes:
+        return "it does not compute in float64"
+    if "float16" in dtypes:
+        return "it does not take float16"
+    if inputs.out.shape[1] < FEWEST:
+        return f"it takes {FEWEST} tokens or more; got {inputs.out.shape[1]}"
+    if options.chunk_size % LANES or options.chunk_size > LONGEST:
+        return (
+            f"chunk_size must be a multiple of {LANES}, at most {LONGEST}; got {options.chunk_size}"
+        )
+    if isinstance(inputs.tokens, Selective):
+        groups = inputs.tokens.b.shape[2]
+        channels = inputs.out.shape[2] // groups
+        if groups > 1 and channels % LANES:
+            return f"channels of a group must be a multiple of {LANES}; got {channels}"
+        numbers = inputs.state.hidden.shape[1] * options.chunk_size
+        if numbers > MOST_NUMBERS:
+            return f"N times chunk_size must be at most {MOST_NUMBERS}; got {numbers}"
+    return None
+
+
+def forward(options: Options, x: Inputs) -> tuple[Any, ...]:
+    """Returns the output and the last state."""
+    return KERNELS[options.scan].forward(options, x, keep=False)
+
+
+def forward_keeping(options: Options, x: Inputs) -> tuple[Any, ...]:
+    """Returns, too, the states before all chunks."""
+    return KERNELS[options.scan].forward(options, x, keep=True)
+
+
+def backward(options: Options, x: Inputs, kept: Any, d_out: Array, d_state: Any) -> tuple[Any, ...]:
+    """Returns the gradients of tokens, parameters and initial state; see `xla.backward`."""
+    return KERNELS[options.scan].backward(options, x, kept, d_out, d_state)
