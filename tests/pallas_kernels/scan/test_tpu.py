@@ -54,7 +54,7 @@ def test_results_and_gradients(name):
 
 def test_the_order_of_the_grid_does_not_matter():
     """What is carried along a dimension of the grid must not be called parallel."""
-    case = Case("gated", tokens=136, channels=384, chunk=None, state=True)
+    case = Case("gated", tokens=136, batch=1, channels=384, chunk=None, state=True)
     arrays = case.arrays(np.float32)
     # A seed is an order of the parallel dimensions; None is the plain one.
     results = [_kernel(case, arrays, random_seed=seed) for seed in (None, 1)]
