@@ -16,7 +16,7 @@ The softmax scan, attention to all tokens so far by a query that is always the s
 with a state of three parts (m, u, w): the largest score, and the two sums relative to exp(m).
 
 The time is linear in the number of tokens and the state does not grow. Nothing is ever divided by
-a decay and no exponent of a sum over tokens is formed, so decays may be anything from 0 to 1. Where
+a decay and no exponent above 0 is formed of decays up to 1, so they may be anything from 0. Where
 the segment changes, the state begins anew. A scan that is called with the state of an earlier one
 continues it: the step form of each is a call of one token, or of several. Output and last state
 are differentiable in all inputs, and the backward computes the states again, chunk by chunk.

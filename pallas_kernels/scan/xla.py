@@ -122,7 +122,7 @@ def _gated(
     state: ScanState,
     tokens: Gated,
 ) -> tuple[Float[Array, "B C D"], ScanState]:
-    hidden = _recurrence(_decay(tokens.log_decay, begins), tokens.x, state.hidden)
+    hidden = _recurrence(_kept(tokens.log_decay, begins), tokens.x, state.hidden)
     return hidden, ScanState(hidden[:, -1])
 
 
@@ -137,8 +137,8 @@ def _selective(
     delta = tokens.delta if bias is None else tokens.delta + bias[:, None]
     delta = jax.nn.softplus(delta) if options.softplus else delta
     b, c = (per_channel(array, tokens.x.shape[2]) for array in (tokens.b, tokens.c))
-    decay = _decay(delta[:, :, None] * parameters.a[:, None], begins)
-    hidden = _recurrence(decay, (delta * tokens.x)[:, :, None] * b, state.hidden)
+    log_decay = _kept(delta[:, :, None] * parameters.a[:, None], begins)
+    hidden = _recurrence(log_decay, (delta * tokens.x)[:, :, None] * b, state.hidden)
     out = jnp.sum(c * hidden, axis=2)
     if skip is not None:
         out += skip[:, None] * tokens.x
@@ -168,20 +168,29 @@ def _softmax(
     return read(states), jax.tree.map(lambda array: array[:, -1], states)
 
 
-def _decay(log_decay: Float[Array, "B C *"], begins: Bool[Array, "B C"] | None) -> Array:
-    """Returns what is left of the state before each token."""
-    decay = jnp.exp(log_decay)
+def _kept(log_decay: Float[Array, "B C *"], begins: Bool[Array, "B C"] | None) -> Array:
+    """Returns the logarithm of what is left of the state before each token."""
     if begins is None:
-        return decay
-    return jnp.where(begins.reshape(*begins.shape, *(1,) * (decay.ndim - 2)), 0, decay)
+        return log_decay
+    begins = begins.reshape(*begins.shape, *(1,) * (log_decay.ndim - 2))
+    return jnp.where(begins, -jnp.inf, log_decay)
 
 
 @jax.custom_vjp
 def _recurrence(
-    decay: Float[Array, "B C *"], x: Float[Array, "B C *"], state: Float[Array, "B *"]
+    log_decay: Float[Array, "B C *"], x: Float[Array, "B C *"], state: Float[Array, "B *"]
 ) -> Float[Array, "B C *"]:
-    """Returns h_t = decay_t h_{t-1} + x_t for all tokens of a chunk."""
-    return _joined(decay, x.at[:, 0].add(decay[:, 0] * state))
+    """Returns h_t = exp(log_decay_t) h_{t-1} + x_t for all tokens of a chunk.
+
+    What is left of the state before the chunk is one exponential of a sum. A product of decays near
+    1 has a rounding for each, all to the same side if they are equal: over the thousands of tokens
+    that such a memory lasts, two or three digits.
+    """
+    return _joined(jnp.exp(log_decay), x) + _passed(log_decay) * state[:, None]
+
+
+def _passed(log_decay: Float[Array, "B C *"]) -> Float[Array, "B C *"]:
+    return jnp.exp(jax.lax.associative_scan(jnp.add, log_decay, axis=1))
 
 
 def _joined(decay: Array, x: Array, *, reverse: bool = False) -> Array:
@@ -191,17 +200,19 @@ def _joined(decay: Array, x: Array, *, reverse: bool = False) -> Array:
     return jax.lax.associative_scan(combine, (decay, x), axis=1, reverse=reverse)[1]
 
 
-def _recurrence_forward(decay: Array, x: Array, state: Array) -> tuple[Array, tuple]:
-    hidden = _recurrence(decay, x, state)
-    return hidden, (decay, state, hidden)
+def _recurrence_forward(log_decay: Array, x: Array, state: Array) -> tuple[Array, tuple]:
+    hidden = _recurrence(log_decay, x, state)
+    return hidden, (log_decay, state, hidden)
 
 
 def _recurrence_backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array]:
-    decay, state, hidden = residuals
+    log_decay, state, hidden = residuals
+    decay = jnp.exp(log_decay)
     after = jnp.concatenate([decay[:, 1:], jnp.zeros_like(decay[:, :1])], axis=1)
     d_x = _joined(after, cotangent, reverse=True)
     before = jnp.concatenate([state[:, None], hidden[:, :-1]], axis=1)
-    return d_x * before, d_x, decay[:, 0] * d_x[:, 0]
+    d_state = jnp.sum(_passed(log_decay) * cotangent, axis=1)
+    return d_x * decay * before, d_x, d_state
 
 
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
