@@ -186,7 +186,9 @@ def _recurrence(
     1 has a rounding for each, all to the same side if they are equal: over the thousands of tokens
     that such a memory lasts, two or three digits.
     """
-    return _joined(jnp.exp(log_decay), x) + _passed(log_decay) * state[:, None]
+    # Made once, or XLA would make them again for every level of the scans.
+    log_decay, decay, x = jax.lax.optimization_barrier((log_decay, jnp.exp(log_decay), x))
+    return _joined(decay, x) + _passed(log_decay) * state[:, None]
 
 
 def _passed(log_decay: Float[Array, "B C *"]) -> Float[Array, "B C *"]:
