@@ -11,6 +11,7 @@ def check_arrays(
     *,
     same_tokens: bool = False,
     separate_value_heads: bool = False,
+    more_value_heads: bool = False,
 ) -> None:
     """Checks that query [B, T, N, H], key [B, S, K, H] and value [B, S, K, V] fit together.
 
@@ -20,6 +21,7 @@ def check_arrays(
       value: the values.
       same_tokens: whether S must be T.
       separate_value_heads: whether value may have another number of heads than key.
+      more_value_heads: whether value may have a multiple of the heads of query instead of key's.
 
     Raises:
       TypeError: an array is not of floating point.
@@ -47,13 +49,14 @@ def check_arrays(
             f"key: shape {key.shape} must have the {query.shape[1]} tokens of query: attention "
             "over a memory is self-attention"
         )
-    shared = 2 if separate_value_heads else 3
+    more_value_heads = more_value_heads and value.shape[2] % heads == 0
+    shared = 2 if separate_value_heads or more_value_heads else 3
     if value.shape[:shared] != key.shape[:shared]:
         raise ValueError(
             f"value: shape {value.shape} must start with {key.shape[:shared]}, as key {key.shape}"
         )
     for name, array in (("key", key), ("value", value)):
-        if heads % array.shape[2]:
+        if heads % array.shape[2] and not (name == "value" and more_value_heads):
             raise ValueError(
                 f"{name}: {array.shape[2]} heads do not divide the {heads} heads of query; "
                 "num_heads must be a multiple of num_kv_heads"

@@ -1,26 +1,52 @@
 """Linear attention: a memory of keys and values that each token adds to and each query reads.
 
-With queries q, keys k, values v and a decay lam = exp(log_decay) in [0, 1], for every head
+With queries q, keys k, values v and features phi, for every head, from token to token
 
-    S_t = lam S_{t-1} + k_t^T v_t,    o_t = scale q_t S_t
+    S_t = A_t S_{t-1} + phi(k_t)^T e_t,    o_t = scale phi(q_t) S_t
 
-so that o_t = scale sum_{j<=t} lam^(t-j) (q_t . k_j) v_j: the time is linear in the number of tokens
-and the state S, [H, V], does not grow. Where the segment changes, S begins anew from zero. Output
-and last state are differentiable in all inputs.
+so that without decay o_t = scale sum_{j<=t} (phi(q_t) . phi(k_j)) e_j: the time is linear in the
+number of tokens, and the state S, [F, V], does not grow. Where the segment changes, S begins anew
+from zero. Write k and q for their features; then
+
+    A_t  decay, exp(log_decay): 1; one number of the head, lam (lightning attention, RetNet) or of
+         each token, a_t (Mamba-2, gated DeltaNet); or diag(a_t), one of each token and feature of a
+         key (GLA, Kimi Delta Attention). All in [0, 1].
+    e_t  what the token writes: v_t; or by the delta rule what the memory has wrong (DeltaNet),
+         beta_t (v_t - k_t A_t S_{t-1}).
+
+With momentum m_t = exp(log_momentum) (Titans with a linear memory, one token at a time, where
+a_t = 1 - alpha_t, m_t = eta_t and beta_t = 2 theta_t) what is added moves on by itself, and the
+delta rule compares with the memory as it was, not decayed:
+
+    U_t = m_t U_{t-1} + k_t^T e_t,    e_t = v_t  or  beta_t (v_t - k_t S_{t-1})
+    S_t = a_t S_{t-1} + U_t
+
+Normalised, the output is divided by the same sum without values, as a softmax is:
+
+    z_t = A_t z_{t-1} + k_t^T,    o_t = scale (q_t S_t) / (q_t z_t + epsilon)
+
+If it is not causal, every query reads the S, and z, of all keys of its segment.
+
+Some combinations have no meaning, and are refused by name. Without a causal order there is neither
+decay nor momentum nor a memory to compare with. The sum of keys normalises weights of values, which
+corrections by the delta rule, or what momentum moves, are not. Momentum is defined for one decay of
+the memory, not for each of its rows. The Taylor features are products of a key's, which have no
+decays of their own.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import choose, partition
 from pallas_kernels.checks import check_arrays
-from pallas_kernels.linear import reference, xla
+from pallas_kernels.linear import features, noncausal, reference, xla
 from pallas_kernels.linear.inputs import Inputs, Options
 
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
@@ -28,25 +54,47 @@ IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 CHUNK_SIZE = 64
 """Tokens in a chunk of "xla"."""
 
+_NAMES = (
+    *("query", "key", "value", "log_decay", "beta", "log_momentum", "segment_ids"),
+    *("initial_state",) * 3,
+)
+"""The arguments that the fields of Inputs come from."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearState:
     """What linear attention carries from token to token; its size does not depend on their number.
 
+    There is one for each head of query or of value, whichever are more. All are float32 (float64
+    for float64 inputs).
+
     Attributes:
-      memory: the sum of decayed products of keys and values, float32 (float64 for float64 inputs).
+      memory: S, the sum of decayed products of keys and values.
+      key_sum: z, the sum of decayed keys, where the output is normalised; else None.
+      momentum: U, where there is momentum; else None.
     """
 
-    memory: Float[Array, "B N H V"]
+    memory: Float[Array, "B N F V"]
+    key_sum: Float[Array, "B N F"] | None = None
+    momentum: Float[Array, "B N F V"] | None = None
 
 
 def linear_attention(
     query: Float[ArrayLike, "B T N H"],
-    key: Float[ArrayLike, "B T K H"],
-    value: Float[ArrayLike, "B T K V"],
+    key: Float[ArrayLike, "B S K H"],
+    value: Float[ArrayLike, "B S L V"],
     *,
-    log_decay: Float[ArrayLike, "N"] | None = None,
+    log_decay: Float[ArrayLike, "M"]
+    | Float[ArrayLike, "B T M"]
+    | Float[ArrayLike, "B T M H"]
+    | None = None,
+    beta: Float[ArrayLike, "B T M"] | None = None,
+    log_momentum: Float[ArrayLike, "B T M"] | None = None,
+    feature_map: str | None = None,
+    normalize: bool = False,
+    epsilon: float = 1e-6,
+    causal: bool = True,
     scale: float | Float[Array, ""] = 1.0,
     segment_ids: Int[ArrayLike, "B T"] | None = None,
     initial_state: LinearState | None = None,
@@ -54,26 +102,40 @@ def linear_attention(
     chunk_size: int | None = None,
     implementation: str | None = None,
     function: str = "linear_attention",
-) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], LinearState]:
-    """Computes causal linear attention (see the module) in O(T) time and memory.
+) -> Float[Array, "B T M V"] | tuple[Float[Array, "B T M V"], LinearState]:
+    """Computes linear attention (see the module) in O(T) time and memory.
 
-    Memory and sums are in float32 (float64 for float64 queries), products in the precision of the
-    query; "xla" takes those of float16 in float32. First derivatives exist in reverse mode; the
-    implementation "reference" has all.
+    Memories and sums are in float32 (float64 for float64 queries), products in the precision of the
+    query; "xla" takes those of float16 in float32. Gates of any strength are exact: no exponential
+    of a positive number is taken. First derivatives exist in reverse mode; the implementation
+    "reference" has all.
+
+    It is its own step form: a call on T >= 1 tokens, with the state that the call on the tokens
+    before returned, gives what one call on all of them would.
 
     Args:
       query: float array.
       key: of the dtype of query; K divides N, and each key head serves N / K consecutive query
-        heads.
-      value: likewise; V may differ from H.
-      log_decay: logarithm of each query head's decay per token, at most 0; -inf for a decay of 0
-        (a token sees itself only), None for none. Values above 0 are refused where they are known
-        before the program runs, that is in tuples and NumPy arrays.
+        heads. S is T, unless the attention is not causal and has no segments.
+      value: likewise; V may differ from H. L is K or, for more memories than queries, a multiple of
+        N: then each query head reads L / N consecutive memories. M is the larger of N and L.
+      log_decay: logarithm of the decay of each memory, for all tokens, for each, or for each and
+        every feature of the key; at most 0, -inf for a decay of 0 (a token sees itself only), None
+        for none. Values above 0 are refused where they are known before the program runs, that is
+        in tuples and NumPy arrays.
+      beta: step of the delta rule, of each memory and token; None for no delta rule. Between 0 and
+        2 / |k|^2 the memory stays bounded.
+      log_momentum: logarithm of the momentum of each memory and token, as log_decay; None for none.
+      feature_map: phi, one of "elu_plus_one", "relu" and "taylor" (see `features`), applied a chunk
+        at a time; None for features that are queries and keys as they are.
+      normalize: whether the output is divided by the sum of its weights.
+      epsilon: what is added to that sum.
+      causal: whether a token reads the tokens up to itself only.
       scale: factor of the output; a float, or a scalar array, which is differentiable.
       segment_ids: document of each token. A token whose number differs from that of the token
         before begins with an empty memory; equal numbers further apart are different segments.
-      initial_state: the memory before the first token, whose segment it belongs to; None for zero.
-      return_state: whether to return the memory after the last token, which is that of its segment.
+      initial_state: the state before the first token, whose segment it belongs to; None for zero.
+      return_state: whether to return the state after the last token, which is that of its segment.
       chunk_size: tokens that "xla" takes at a time, of no influence on the result but by rounding;
         None for `CHUNK_SIZE`.
       implementation: see `pallas_kernels.choose`.
@@ -87,39 +149,66 @@ def linear_attention(
       NotImplementedError: the named implementation does not serve the call.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    check_arrays(query, key, value, same_tokens=True)
+    check_arrays(query, key, value, same_tokens=bool(causal), more_value_heads=True)
     for name, array in (("key", key), ("value", value)):
         if array.dtype != query.dtype:
             raise ValueError(f"{name}: dtype {array.dtype} must be query's, {query.dtype}")
     dtype = query.dtype
     accumulator = jnp.promote_types(dtype, jnp.float32)
-    batch, tokens, heads, features = query.shape
+    batch, tokens, heads, size = query.shape
+    heads = max(heads, value.shape[2])
 
-    if not isinstance(scale, int | float | np.number):
-        scale = jnp.asarray(scale)
-        if scale.shape:
-            raise ValueError(f"scale: must be a number or a scalar array; got shape {scale.shape}")
-        # A scale that is traced goes into the query, with no rounding to its precision.
-        query, scale = query.astype(accumulator) * scale.astype(accumulator), 1.0
+    gates = {"log_decay": log_decay, "beta": beta, "log_momentum": log_momentum}
+    given = tuple(name for name, gate in gates.items() if gate is not None)
+    _check_combination(given, feature_map, normalize, causal)
+    if log_decay is not None:
+        log_decay = _checked_log(log_decay, "log_decay")
+        if log_decay.ndim == 1:
+            log_decay = _shaped(log_decay, "log_decay", (heads,)).astype(accumulator)[None]
+        else:
+            wide = log_decay.ndim == 4
+            if wide and (log_momentum is not None or feature_map == "taylor"):
+                other = "log_momentum" if log_momentum is not None else "feature_map 'taylor'"
+                raise ValueError(f"log_decay: must not be of each feature with {other}")
+            shape = (batch, tokens, heads, size) if wide else (batch, tokens, heads)
+            log_decay = _shaped(log_decay, "log_decay", shape)
+    if beta is not None:
+        beta = _shaped(_floating(beta, "beta"), "beta", (batch, tokens, heads))
+    if log_momentum is not None:
+        log_momentum = _checked_log(log_momentum, "log_momentum")
+        log_momentum = _shaped(log_momentum, "log_momentum", (batch, tokens, heads))
+        if log_decay is None or log_decay.ndim == 2:
+            # Momentum mixes decays of tokens, so that a constant one has no powers to prepare.
+            log_decay = jnp.zeros((), accumulator) if log_decay is None else log_decay[:, None]
+            log_decay = jnp.broadcast_to(log_decay, log_momentum.shape)
+    if not isinstance(epsilon, int | float) or not epsilon >= 0:
+        raise ValueError(f"epsilon: must be a number of at least 0; got {epsilon!r}")
     if chunk_size is None:
         chunk_size = CHUNK_SIZE
     elif not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: must be a positive integer or None; got {chunk_size!r}")
+    factor = None
+    if not isinstance(scale, int | float | np.number):
+        factor, scale = jnp.asarray(scale), 1.0
+        if factor.shape:
+            raise ValueError(f"scale: must be a number or a scalar array; got shape {factor.shape}")
+        # A scale that is traced multiplies an output that has not been rounded yet.
+        query, key, value = (x.astype(accumulator) for x in (query, key, value))
+    if segment_ids is not None:
+        if key.shape[1] != tokens:
+            raise ValueError(
+                f"segment_ids: are of queries and keys, so key must have the {tokens} tokens of "
+                f"query; got {key.shape[1]}"
+            )
+        segment_ids = _runs(segment_ids, (batch, tokens))
 
-    memory = None
-    if initial_state is not None:
-        memory = _checked_memory(initial_state, (batch, heads, features, value.shape[3]))
-        memory = memory.astype(accumulator)
-    inputs = Inputs(
-        query,
-        key.astype(query.dtype),
-        value.astype(query.dtype),
-        None if log_decay is None else _checked_decay(log_decay, heads).astype(accumulator)[None],
-        None if segment_ids is None else _runs(segment_ids, (batch, tokens)),
-        memory,
-    )
     axes = partition.current_axes()
-    options = Options(float(scale), chunk_size, axes)
+    epsilon = float(epsilon) if normalize else None
+    options = Options(float(scale), chunk_size, bool(causal), epsilon, feature_map, axes)
+    inputs = Inputs(query, key, value, log_decay, beta, log_momentum, segment_ids, *(None,) * 3)
+    if initial_state is not None:
+        shapes = inputs.state_shapes(options)
+        inputs = inputs._replace(**_checked_state(initial_state, shapes, accumulator))
     name = choose.resolve_implementation(
         implementation,
         {name: module.supports for name, module in IMPLEMENTATIONS.items()},
@@ -127,42 +216,90 @@ def linear_attention(
         options=options,
         inputs=inputs,
     )
-    names = ("query", "key", "value", "log_decay", "segment_ids", "initial_state")
-    inputs = Inputs(*partition.aligned(inputs, inputs.dims, axes, names))
-    out, memory = (_defined if name == "reference" else _attend)(options, inputs)
-    out = out.astype(dtype)
-    return (out, LinearState(memory)) if return_state else out
+    inputs = Inputs(*partition.aligned(inputs, inputs.dims, axes, _NAMES))
+    attend = _defined if name == "reference" else _attend if causal else _attend_to_all
+    out, *state = attend(options, inputs)
+    out = (out if factor is None else factor.astype(accumulator) * out).astype(dtype)
+    if not return_state:
+        return out
+    return out, LinearState(**dict(zip(inputs.state_shapes(options), state, strict=True)))
+
+
+def init_linear_state(
+    batch: int,
+    num_heads: int,
+    head_dim: int,
+    value_dim: int,
+    *,
+    feature_map: str | None = None,
+    normalize: bool = False,
+    momentum: bool = False,
+    dtype: DTypeLike = jnp.float32,
+) -> LinearState:
+    """Returns the empty state of `linear_attention`, which None stands for as well.
+
+    Args:
+      batch: number of sequences.
+      num_heads: number of heads of query or of value, whichever are more.
+      head_dim: width of a key.
+      value_dim: width of a value.
+      feature_map: as for `linear_attention`.
+      normalize: likewise.
+      momentum: whether the calls have log_momentum.
+      dtype: of the inputs to come; the state is float32, or float64 for float64.
+    """
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    shape = (batch, num_heads, features.count(feature_map, head_dim), value_dim)
+    return LinearState(
+        jnp.zeros(shape, dtype),
+        jnp.zeros(shape[:3], dtype) if normalize else None,
+        jnp.zeros(shape, dtype) if momentum else None,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _defined(options: Options, inputs: Inputs) -> tuple[Array, Array]:
-    forward = functools.partial(reference.forward, options)
-    return partition.sharded(forward, inputs.dims, ("btnv", "bnhv"), options.axes)(*inputs)
+def _defined(options: Options, inputs: Inputs) -> tuple[Array, ...]:
+    return _differentiated_by_jax(reference.forward, options, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attend_to_all(options: Options, inputs: Inputs) -> tuple[Array, ...]:
+    return _differentiated_by_jax(noncausal.forward, options, inputs)
+
+
+def _differentiated_by_jax(
+    forward: Callable[..., tuple[Array, ...]], options: Options, inputs: Inputs
+) -> tuple[Array, ...]:
+    outs = ("btnv", *inputs.state_dims(options))
+    forward = functools.partial(forward, options)
+    return partition.sharded(forward, inputs.dims, outs, options.axes)(*inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, inputs: Inputs) -> tuple[Array, Array]:
+def _attend(options: Options, inputs: Inputs) -> tuple[Array, ...]:
     forward = functools.partial(xla.forward, options)
     ins = jax.tree.map(lambda dims: dims.replace("+", "b"), inputs.dims)
-    return partition.partitioned(forward, ins, ("btnv", "bnhv"), options.axes)(*inputs)
+    outs = ("btnv", *inputs.state_dims(options))
+    return partition.partitioned(forward, ins, outs, options.axes)(*inputs)
 
 
-def _attend_forward(options: Options, inputs: Inputs) -> tuple[tuple[Array, Array], tuple]:
+def _attend_forward(options: Options, inputs: Inputs) -> tuple[tuple[Array, ...], tuple]:
     forward = functools.partial(xla.forward_keeping, options)
     ins = jax.tree.map(lambda dims: dims.replace("+", "b"), inputs.dims)
-    outs = ("btnv", "bnhv", "bcnhv")
-    out, memory, memories = partition.partitioned(forward, ins, outs, options.axes)(*inputs)
-    return (out, memory), (inputs, memories)
+    results = ("btnv", *inputs.state_dims(options))
+    outs = (*results, *("bcnhv",) * xla.kept_count(inputs))
+    outs = partition.partitioned(forward, ins, outs, options.axes)(*inputs)
+    return outs[: len(results)], (inputs, outs[len(results) :])
 
 
 def _attend_backward(options: Options, residuals: tuple, cotangents: tuple) -> tuple[Inputs]:
-    inputs, memories = residuals
+    inputs, kept = residuals
     backward = functools.partial(xla.backward, options)
     given = {n: d for n, d in zip(Inputs._fields, inputs.dims, strict=True) if d and n != "runs"}
-    ins = (*inputs.dims, "bcnhv", "btnv", "bnhv")
+    ins = (*inputs.dims, *("bcnhv",) * len(kept), "btnv", *inputs.state_dims(options))
     gradients = partition.partitioned(backward, ins, tuple(given.values()), options.axes)(
-        *inputs, memories, *cotangents
+        *inputs, *kept, *cotangents
     )
     gradients = dict(zip(given, gradients, strict=True))
     return (Inputs(**dict.fromkeys(Inputs._fields) | gradients),)
@@ -171,31 +308,74 @@ def _attend_backward(options: Options, residuals: tuple, cotangents: tuple) -> t
 _attend.__wrapped__.defvjp(_attend_forward, _attend_backward)
 
 
-def _checked_memory(state: LinearState, shape: tuple[int, ...]) -> Array:
+def _check_combination(
+    gates: tuple[str, ...], feature_map: str | None, normalize: bool, causal: bool
+) -> None:
+    """Refuses combinations that have no meaning."""
+    if feature_map is not None and feature_map not in features.MAPS:
+        raise ValueError(
+            f"feature_map: must be None or one of {', '.join(features.MAPS)}; got {feature_map!r}"
+        )
+    if not causal and gates:
+        raise ValueError(
+            f"{gates[0]}: must be None if causal is False: without an order of tokens nothing "
+            "decays and there is no memory before a token"
+        )
+    for name in ("beta", "log_momentum"):
+        if normalize and name in gates:
+            raise ValueError(
+                f"{name}: must be None with normalize: the sum of keys is not that of the weights"
+            )
+
+
+def _checked_state(
+    state: LinearState, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike
+) -> dict[str, Array]:
     if not isinstance(state, LinearState):
         raise TypeError(f"initial_state: must be a LinearState; got {type(state).__name__}")
-    memory = jnp.asarray(state.memory)
-    if memory.shape != shape:
-        raise ValueError(f"initial_state: memory of shape {memory.shape} must have shape {shape}")
-    if not jnp.issubdtype(memory.dtype, jnp.floating):
-        raise TypeError(f"initial_state: memory must be floating point; got {memory.dtype}")
-    return memory
+    checked = {}
+    for name in (field.name for field in dataclasses.fields(LinearState)):
+        array = getattr(state, name)
+        if (array is None) != (name not in shapes):
+            must = "be None" if name not in shapes else f"have shape {shapes[name]}"
+            got = "None" if array is None else "an array"
+            raise ValueError(f"initial_state: {name} must {must} in this call; got {got}")
+        if array is None:
+            continue
+        array = jnp.asarray(array)
+        if array.shape != shapes[name]:
+            raise ValueError(
+                f"initial_state: {name} of shape {array.shape} must have shape {shapes[name]}"
+            )
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"initial_state: {name} must be floating point; got {array.dtype}")
+        checked[name] = array.astype(dtype)
+    return checked
 
 
-def _checked_decay(log_decay: ArrayLike, heads: int) -> Array:
-    if not isinstance(log_decay, jax.Array):
-        log_decay = np.asarray(log_decay, np.float64)
-        if not np.all(log_decay <= 0):
-            raise ValueError(f"log_decay: must be at most 0; got {log_decay}")
-    log_decay = jnp.asarray(log_decay)
-    if log_decay.shape != (heads,):
+def _checked_log(log: ArrayLike, name: str) -> Array:
+    if not isinstance(log, jax.Array):
+        known = np.asarray(log)
+        if known.dtype.kind in "fiu" and not np.all(known <= 0):
+            raise ValueError(f"{name}: must be at most 0; got {log}")
+        log = known.astype(np.float64) if isinstance(log, tuple | list) else known
+    return _floating(log, name)
+
+
+def _floating(array: ArrayLike, name: str) -> Array:
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name}: must be floating point; got {array.dtype}")
+    return array
+
+
+def _shaped(array: Array, name: str, shape: tuple[int, ...]) -> Array:
+    if array.shape != shape:
         raise ValueError(
-            f"log_decay: must have shape ({heads},), one for each head of query; got "
-            f"{log_decay.shape}"
+            f"{name}: must have shape {shape}, with a number for each memory, which are as many as "
+            f"the heads of query or of value; got {array.shape}"
         )
-    if not jnp.issubdtype(log_decay.dtype, jnp.floating):
-        raise TypeError(f"log_decay: must be floating point; got {log_decay.dtype}")
-    return log_decay
+    return array
 
 
 def _runs(segment_ids: ArrayLike, shape: tuple[int, ...]) -> Int[Array, "B T"]:

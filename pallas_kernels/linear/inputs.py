@@ -6,36 +6,58 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.linear import features
 from pallas_kernels.partition import Axes
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The static part of a call."""
+    """The static part of a call. What else is static shows in which inputs are None."""
 
     scale: float
     chunk_size: int
+    causal: bool
+    epsilon: float | None
+    """What is added to the sum of keys that divides the output; None to divide by nothing."""
+    feature_map: str | None
+    """Name in `features.MAPS`, of queries and keys."""
     axes: Axes
 
 
 class Inputs(NamedTuple):
     """The arrays of a call, checked.
 
-    Under `jax.vmap` the batch of `log_decay` may be 1 in the forward and whole in the backward, see
-    `partition`.
+    N, K and L are the heads of queries, keys and values: K divides N, and L is K or a multiple of
+    N. The larger of N and L, here M, is the number of memories. F is the number of features that
+    the H of a key are mapped to.
+
+    Under `jax.vmap` the batch of a `log_decay` for each head may be 1 in the forward and whole in
+    the backward, see `partition`.
     """
 
     query: Float[Array, "B T N H"]
-    key: Float[Array, "B T K H"]
-    value: Float[Array, "B T K V"]
-    log_decay: Float[Array, "B|1 N"] | None
-    runs: Int[Array, "B T"] | None  # number of the run of equal segment ids, from 0
-    memory: Float[Array, "B N H V"] | None  # the initial state
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S L V"]
+    log_decay: Float[Array, "B|1 M"] | Float[Array, "B T M"] | Float[Array, "B T M H"] | None
+    beta: Float[Array, "B T M"] | None
+    log_momentum: Float[Array, "B T M"] | None
+    runs: Int[Array, "B T"] | None
+    """Number of the run of equal segment ids, from 0."""
+    memory: Float[Array, "B M F V"] | None
+    """The state before the first token, as the next two; None for zero."""
+    key_sum: Float[Array, "B M F"] | None
+    momentum: Float[Array, "B M F V"] | None
 
     @property
     def dims(self) -> tuple[str | None, ...]:
         """Names the dimensions, as in `partition`."""
-        letters = ("btnh", "btnh", "btnv", "+n", "bt", "bnhv")
+        decay = None if self.log_decay is None else {2: "+n", 3: "btn", 4: "btnh"}
+        letters = (
+            *("btnh", "bsnh", "bsnv"),
+            decay and decay[self.log_decay.ndim],
+            *("btn", "btn", "bt"),
+            *("bnhv", "bnh", "bnhv"),
+        )
         return tuple(None if x is None else d for x, d in zip(self, letters, strict=True))
 
     @property
@@ -43,10 +65,42 @@ class Inputs(NamedTuple):
         """Returns the dtype of states and sums."""
         return jnp.promote_types(self.query.dtype, jnp.float32)
 
+    @property
+    def heads(self) -> int:
+        """Returns the number of memories."""
+        return max(self.query.shape[2], self.value.shape[2])
+
+    def state_shapes(self, options: Options) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of what is carried from token to token, by name in this order."""
+        batch, _, _, size = self.query.shape
+        width = self.value.shape[3]
+        shape = batch, self.heads, features.count(options.feature_map, size), width
+        shapes = {"memory": shape}
+        if options.epsilon is not None:
+            shapes["key_sum"] = shape[:3]
+        if self.log_momentum is not None:
+            shapes["momentum"] = shape
+        return shapes
+
+    def state_dims(self, options: Options) -> tuple[str, ...]:
+        """Names the dimensions of the state, as in `partition`."""
+        return tuple("bnhv"[: len(shape)] for shape in self.state_shapes(options).values())
+
+    def initial_state(self, options: Options) -> dict[str, Array]:
+        """Returns the state before the first token, by name."""
+        return {
+            # Made from an input so that inside of a shard_map it varies as the inputs do.
+            name: jnp.zeros_like(self.query, shape=shape, dtype=self.accumulator)
+            if getattr(self, name) is None
+            else getattr(self, name)
+            for name, shape in self.state_shapes(options).items()
+        }
+
 
 def finite(log_decay: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns the logarithm with -inf replaced by a number whose exponential is 0 as well.
 
-    The exponents are `steps * log_decay`, and 0 * -inf would be NaN; the gradient here is 0.
+    Sums of logarithms, and their multiples, are exponents, and 0 * -inf would be NaN; the gradient
+    here is 0.
     """
     return jnp.maximum(log_decay, -1e30)

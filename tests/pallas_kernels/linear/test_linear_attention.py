@@ -1,0 +1,393 @@
+"""Linear attention: every implementation against the equations, in values and gradients."""
+
+import dataclasses
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.linear import (
+    CHUNK_SIZE,
+    IMPLEMENTATIONS,
+    LinearState,
+    features,
+    init_linear_state,
+    linear_attention,
+)
+from tests.numerics import assert_close, error_ratio
+from tests.pallas_kernels.linear.cases import CASES, STATE, Case, called
+
+NAMES = tuple(IMPLEMENTATIONS)
+OTHERS = tuple(name for name in NAMES if name != "reference")
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@functools.cache
+def differentiated(case, name):
+    """Returns results and gradients at the arrays of a case."""
+    return case.differentiated(case.arrays(), name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equations(case, name, x64):
+    arrays = case.arrays()
+    results, gradients = differentiated(case, name)
+    assert_close(results, case.expected(arrays), jnp.float64)
+    rng = np.random.default_rng(3)
+    directions = {n: rng.standard_normal(x.shape) for n, x in arrays.items()}
+    slopes = {n: np.sum(gradients[n] * direction) for n, direction in directions.items()}
+    sizes = {n: np.linalg.norm(gradients[n]) for n in directions}
+    expected = case.expected_slopes(arrays, directions)
+    assert sizes.keys() == gradients.keys()
+    for n, slope in slopes.items():
+        assert abs(slope - expected[n]) <= 1e-11 * sizes[n], n
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradients(case, name, x64):
+    expected = differentiated(case, "reference")[1]
+    assert_close(differentiated(case, name)[1], expected, jnp.float64)
+
+
+PRECISE = {
+    "decay": Case(150, kv_heads=2, chunk=32, state=True, segments=True),
+    "delta, channels": Case(96, chunk=32, beta=True, decay="channel", state=True),
+    "momentum": Case(96, chunk=32, beta=True, momentum=True, decay="step", state=True),
+    "taylor": Case(96, chunk=32, feature_map="taylor", normalize=True, decay="step"),
+    "all": Case(96, chunk=32, causal=False, decay=None, segments=True, state=True),
+}
+
+
+@pytest.mark.parametrize(
+    "case, dtype, name",
+    (
+        *(("decay", dtype, name) for dtype in ("float32", "float16") for name in NAMES),
+        *((case, "bfloat16", "xla") for case in PRECISE),
+    ),
+)
+def test_precision(case, dtype, name):
+    case = dataclasses.replace(PRECISE[case], heads=2, kv_heads=1, features=8, width=16)
+    arrays = case.arrays(dtype)
+    results, gradients = case.differentiated(arrays, name)
+    wide = {n: jnp.float32 for n in STATE} | {"out": dtype}
+    assert {n: x.dtype for n, x in results.items()} == {n: wide[n] for n in results}
+    assert {n: x.dtype for n, x in gradients.items()} == {n: x.dtype for n, x in arrays.items()}
+    with jax.enable_x64(True):
+        wide = {n: jnp.asarray(np.float64(x)) for n, x in arrays.items()}
+        expected = case.differentiated(wide, "reference")
+        assert_close((results, gradients), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+def test_strong_decays_over_many_tokens(dtype):
+    decay = (-np.inf, -1e30, -100, -8, -1e-4, 0)
+    case = Case(4096, 1, 6, 3, chunk=CHUNK_SIZE, decay=decay)
+    arrays = case.arrays(dtype)
+    results, gradients = case.differentiated(arrays, "xla")
+    np.testing.assert_array_equal(gradients["log_decay"][:2], 0)
+    # In float32 the definition, step by step, would be the less exact of the two.
+    with jax.enable_x64(True):
+        wide = {n: jnp.asarray(np.float64(x)) for n, x in arrays.items()}
+        assert_close((results, gradients), case.differentiated(wide, "reference"), dtype)
+
+
+@pytest.mark.parametrize(
+    "tokens, decay, dtype", ((4096, "step", "float32"), (65536, "channel", "bfloat16"))
+)
+def test_strong_gates_over_many_tokens(tokens, decay, dtype):
+    case = Case(tokens, 1, 1, 1, features=4, width=4, chunk=CHUNK_SIZE, decay=decay, beta=True)
+    arrays = case.arrays(dtype)
+    actual = case.differentiated(arrays, "xla")
+    with jax.enable_x64(True):
+        wide = {n: jnp.asarray(np.float64(x)) for n, x in arrays.items()}
+        assert_close(actual, case.differentiated(wide, "reference"), dtype)
+
+
+def test_equal_keys_by_the_delta_rule(x64):
+    """With beta = 1 the memory of one key is the last value, whatever came before."""
+    rng = np.random.default_rng(0)
+    query, value = rng.standard_normal((2, 1, 200, 1, 4))
+    key = np.broadcast_to([0.6, 0.0, 0.8, 0.0], query.shape)
+    out = linear_attention(query, key, value, beta=np.ones((1, 200, 1)))
+    assert_close(out, np.sum(query * key, -1, keepdims=True) * value, jnp.float64)
+
+
+def test_taylor_features(x64):
+    q, k = np.random.default_rng(0).standard_normal((2, 9))
+    s = q @ k / 3
+    assert_close(features.taylor(q) @ features.taylor(k), 1 + s + s**2 / 2, jnp.float64)
+    assert features.taylor(q).shape == (features.count("taylor", 9),)
+
+
+def test_float16_memories_beyond_its_range():
+    tokens = 1024
+    query, key, value = (jnp.full((1, tokens, 1, 4), x, jnp.float16) for x in (0.5, 16, 16))
+    out, state = linear_attention(query, key, value, scale=1e-3, return_state=True)
+    assert state.memory.max() == 256 * tokens > float(jnp.finfo(jnp.float16).max)
+    expected = 0.5 * 4 * 256 * 1e-3 * np.arange(1, tokens + 1)
+    assert_close(out[0, :, 0, 0], expected, jnp.float16)
+
+
+VARIANTS = {
+    "decay": dict(decay=-0.3),
+    "steps": dict(decay="step"),
+    "channels": dict(decay="channel"),
+    "normalised": dict(decay="step", normalize=True, feature_map="elu_plus_one"),
+    "taylor": dict(decay=None, normalize=True, feature_map="taylor"),
+    "delta": dict(decay="step", beta=True),
+    "delta, channels": dict(decay="channel", beta=True),
+    "momentum": dict(decay="step", beta=True, momentum=True),
+}
+SIZES = st.integers(1, 20)
+
+
+@hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_chunks_do_not_matter(data):
+    heads = ((1, 1, 1), (2, 1, 1), (2, 2, 2), (3, 1, 1), (1, 1, 3), (2, 1, 4))
+    heads = data.draw(st.sampled_from(heads), "heads of queries, keys and values")
+    sizes = {n: data.draw(SIZES, n) for n in ("tokens", "width", "chunk", "other_chunk")}
+    case = Case(
+        tokens=sizes["tokens"],
+        batch=1,
+        heads=heads[0],
+        kv_heads=heads[1],
+        value_heads=heads[2],
+        features=data.draw(st.integers(1, 5), "features"),
+        width=sizes["width"],
+        chunk=sizes["chunk"],
+        segments=data.draw(st.booleans(), "segments"),
+        state=True,
+        **VARIANTS[data.draw(st.sampled_from(sorted(VARIANTS)), "variant")],
+    )
+    with jax.enable_x64(True):
+        arrays = case.arrays()
+        other = dataclasses.replace(case, chunk=sizes["other_chunk"])
+        assert_close(other.call(arrays, "xla"), case.call(arrays, "xla"), jnp.float64)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_after_a_prompt(variant, x64):
+    """A prompt and token after token, with the state as the carry of a scan, are one pass."""
+    case = Case(tokens=13, features=3, chunk=4, heads=2, kv_heads=1, **VARIANTS[variant])
+    arrays = case.arrays()
+
+    def of_tokens(part):
+        return {n: x if x.ndim == 1 else x[:, part] for n, x in arrays.items()}
+
+    def step(state, token):
+        constant = {n: x for n, x in arrays.items() if x.ndim == 1}
+        state = {n: x for n, x in state.items() if n != "out"}
+        results = called(case, token | constant | state, "xla")
+        return {n: x for n, x in results.items() if n != "out"}, results["out"]
+
+    @jax.jit
+    def stepped():
+        state = called(case, of_tokens(slice(0, 7)), "xla")
+        out = state.pop("out")
+        rest = {n: x for n, x in of_tokens(slice(7, None)).items() if x.ndim > 1}
+        state, outs = jax.lax.scan(
+            step, state, {n: jnp.moveaxis(x[:, :, None], 1, 0) for n, x in rest.items()}
+        )
+        return {"out": jnp.concatenate([out, jnp.moveaxis(outs[:, :, 0], 0, 1)], 1)} | state
+
+    assert_close(stepped(), case.expected(arrays), jnp.float64)
+
+
+@pytest.mark.parametrize("variant", ("decay", "taylor", "momentum"))
+def test_empty_state(variant):
+    case = Case(tokens=3, heads=2, kv_heads=1, **VARIANTS[variant])
+    arrays = case.arrays(np.float32)
+    state = init_linear_state(
+        *(2, 2, 8, 6),
+        feature_map=case.feature_map,
+        normalize=case.normalize,
+        momentum=case.momentum,
+    )
+    state = {n: x for n in STATE if (x := getattr(state, n)) is not None}
+    assert_close(case.call(arrays | state, "xla"), case.call(arrays, "xla"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_causal(name):
+    case = Case(tokens=20, decay="channel", beta=True, chunk=8)
+    arrays = case.arrays(np.float32)
+    out = case.call(arrays, name)["out"]
+    for token in (0, 7, 8, 19):
+        changed = {n: x.at[:, token].add(0.3) for n, x in arrays.items() if n != "log_decay"}
+        differs = np.any(case.call(arrays | changed, name)["out"] != out, axis=(0, 2, 3))
+        assert not differs[:token].any()
+        assert differs[token]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_traced_scale(name):
+    case = Case(scale=0.3)
+    arrays = case.arrays(np.float32)
+
+    def loss(scale, dtype):
+        inputs = {n: arrays[n].astype(dtype) for n in ("query", "key", "value")}
+        out = linear_attention(**inputs, scale=scale, chunk_size=16, implementation=name)
+        assert out.dtype == dtype
+        return jnp.sum(out.astype(jnp.float32)), out
+
+    gradient, out = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)(0.3, np.float32)
+    case = dataclasses.replace(case, decay=None)
+    del arrays["log_decay"]
+    expected = case.expected(arrays)["out"]
+    assert_close(out, expected)
+    assert_close(gradient, np.sum(expected) / 0.3, factor=20)
+    _, out = jax.jit(loss, static_argnums=1)(0.3, jnp.bfloat16)
+    assert_close(out, expected, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_jit(name):
+    case = Case(tokens=3, chunk=2, batch=1)
+    arrays = case.arrays(np.float32)
+    with jax.disable_jit():
+        actual = case.call(arrays, name)
+    assert_close(actual, case.call(arrays, name))
+
+
+@pytest.mark.parametrize(
+    "mapped, name",
+    (("decay", "xla"), ("query", "xla"), ("all twice", "xla"), ("decay", "reference")),
+)
+def test_vmap(mapped, name):
+    case = Case(tokens=20, kv_heads=2, state=True, segments=True, decay=(-1, -0.3, -0.1, 0))
+    arrays = case.arrays(np.float32)
+    axes = {
+        "decay": dict.fromkeys(arrays) | {"log_decay": 0},
+        "query": dict.fromkeys(arrays) | {"query": 0},
+        "all twice": dict.fromkeys(arrays, 0),
+    }[mapped]
+
+    def widened(x, axis, size):
+        return x if axis is None else jnp.stack([x * (1 + 0.1 * i) for i in range(size)])
+
+    def mapping(fn):
+        fn = jax.vmap(fn, in_axes=(axes,))
+        return jax.vmap(fn, in_axes=(axes,)) if mapped == "all twice" else fn
+
+    def calls(fn, arrays, depth):
+        if not depth:
+            return fn(arrays)
+        size = next(x.shape[0] for n, x in arrays.items() if axes[n] is not None)
+        each = [
+            calls(fn, {n: x if axes[n] is None else x[i] for n, x in arrays.items()}, depth - 1)
+            for i in range(size)
+        ]
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+
+    depth = 2 if mapped == "all twice" else 1
+    for size in (2, 3)[:depth]:
+        arrays = {n: widened(x, axes[n], size) for n, x in arrays.items()}
+    for fn in (
+        lambda arrays: case.call(arrays, name),
+        lambda arrays: case.gradients(arrays, name),
+    ):
+        assert_close(jax.jit(mapping(fn))(arrays), calls(fn, arrays, depth), factor=2)
+
+
+def test_reference_has_all_derivatives(x64):
+    case = Case(tokens=3, batch=1, heads=1, kv_heads=1, features=2, width=2)
+    arrays = case.arrays()
+
+    def loss(value):
+        return jnp.sum(jnp.sin(case.call(arrays | {"value": value}, "reference")["out"]))
+
+    hessian = jax.hessian(loss)(arrays["value"]).reshape(6, 6)
+    assert_close(hessian, hessian.T, jnp.float64)
+    assert error_ratio(hessian, np.zeros((6, 6))) > 0.1
+
+
+def test_default_chunk_does_not_matter(x64):
+    case = Case(tokens=CHUNK_SIZE + 3, batch=1, heads=1, kv_heads=1)
+    arrays = case.arrays()
+    out = linear_attention(**arrays)
+    assert isinstance(out, jax.Array)
+    assert_close(out, case.expected(arrays)["out"], jnp.float64)
+
+
+ARRAYS = Case(tokens=4, heads=4, kv_heads=2).arrays(np.float32)
+EMPTY = LinearState(jnp.zeros((2, 4, 8, 6)))
+WRONG = {
+    "query of 3 dimensions": (
+        dict(query=jnp.zeros((4, 4, 8))),
+        ValueError,
+        r"query: .*\(4, 4, 8\)",
+    ),
+    "integer query": (dict(query=jnp.zeros((2, 4, 4, 8), int)), TypeError, "query: .*int32"),
+    "no tokens": (
+        dict(query=jnp.zeros((2, 0, 4, 8)), key=jnp.zeros((2, 0, 2, 8))),
+        ValueError,
+        "query: .*no elements",
+    ),
+    "other tokens": (dict(key=jnp.zeros((2, 5, 2, 8))), ValueError, r"key: .*\(2, 5, 2, 8\)"),
+    "other features": (dict(key=jnp.zeros((2, 4, 2, 9))), ValueError, r"key: .*\(2, 4, 2, 9\)"),
+    "other value tokens": (dict(value=jnp.zeros((2, 3, 2, 6))), ValueError, "value: .*start with"),
+    "key heads": (
+        dict(key=jnp.zeros((2, 4, 3, 8)), value=jnp.zeros((2, 4, 3, 6))),
+        ValueError,
+        "key: 3 heads do not divide the 4 heads of query",
+    ),
+    "key dtype": (
+        dict(key=ARRAYS["key"].astype(jnp.bfloat16)),
+        ValueError,
+        "key: dtype bfloat16 must be query's, float32",
+    ),
+    "decays of key heads": (
+        dict(log_decay=jnp.zeros(2)),
+        ValueError,
+        r"log_decay: .*\(4,\).*\(2,\)",
+    ),
+    "positive decay": (dict(log_decay=(0.0, -1.0, 0.1, 0.0)), ValueError, "log_decay: .*at most 0"),
+    "NaN decay": (dict(log_decay=np.full(4, np.nan)), ValueError, "log_decay: .*at most 0"),
+    "integer decay": (dict(log_decay=jnp.zeros(4, int)), TypeError, "log_decay: .*int32"),
+    "segment shape": (
+        dict(segment_ids=jnp.zeros((2, 5), int)),
+        ValueError,
+        r"segment_ids: .*\(2, 5\)",
+    ),
+    "float segments": (dict(segment_ids=jnp.zeros((2, 4))), TypeError, "segment_ids: .*float32"),
+    "array as state": (dict(initial_state=EMPTY.memory), TypeError, "initial_state: .*LinearState"),
+    "state of key heads": (
+        dict(initial_state=LinearState(jnp.zeros((2, 2, 8, 6)))),
+        ValueError,
+        r"initial_state: .*\(2, 2, 8, 6\).*\(2, 4, 8, 6\)",
+    ),
+    "integer state": (
+        dict(initial_state=LinearState(jnp.zeros((2, 4, 8, 6), int))),
+        TypeError,
+        "initial_state: .*int32",
+    ),
+    "chunk of 0": (dict(chunk_size=0), ValueError, "chunk_size: .*0"),
+    "chunk of half a token": (dict(chunk_size=0.5), ValueError, "chunk_size: .*0.5"),
+    "scale for each head": (dict(scale=jnp.ones(4)), ValueError, r"scale: .*\(4,\)"),
+    "unknown implementation": (
+        dict(implementation="cuda"),
+        ValueError,
+        "linear_attention: implementation .*reference.*'cuda'",
+    ),
+    "kernel that is not there": (
+        dict(implementation="pallas_tpu"),
+        NotImplementedError,
+        "linear_attention: implementation 'pallas_tpu'",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong, error, message", WRONG.values(), ids=WRONG)
+def test_wrong_input(wrong, error, message):
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda: linear_attention(**(ARRAYS | wrong)))
+    assert linear_attention(**ARRAYS, initial_state=EMPTY).shape == (2, 4, 4, 6)
