@@ -357,7 +357,7 @@ def _checked_log(log: ArrayLike, name: str) -> Array:
     if not isinstance(log, jax.Array):
         known = np.asarray(log)
         if known.dtype.kind in "fiu" and not np.all(known <= 0):
-            raise ValueError(f"{name}: must be at most 0; got {log}")
+            raise ValueError(f"{name}: must be at most 0; got one of {np.max(known)}")
         log = known.astype(np.float64) if isinstance(log, tuple | list) else known
     return _floating(log, name)
 

@@ -202,21 +202,21 @@ def test_steps_after_a_prompt(variant, x64):
     assert_close(stepped(), case.expected(arrays), jnp.float64)
 
 
-@pytest.mark.parametrize("variant", ("decay", "taylor", "momentum"))
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_empty_state(variant):
-    case = Case(tokens=3, heads=2, kv_heads=1, **VARIANTS[variant])
-    arrays = case.arrays(np.float32)
-    state = init_linear_state(
-        *(2, 2, 8, 6),
-        feature_map=case.feature_map,
-        normalize=case.normalize,
-        momentum=case.momentum,
-    )
-    state = {n: x for n in STATE if (x := getattr(state, n)) is not None}
-    assert_close(case.call(arrays | state, "xla"), case.call(arrays, "xla"))
+    case = Case(1, heads=2, kv_heads=1, **VARIANTS[variant])
+    options = dict(feature_map=case.feature_map, normalize=case.normalize, momentum=case.momentum)
+    empty = init_linear_state(2, 2, 8, 6, **options)
+    results = jax.eval_shape(lambda: case.call(case.arrays(np.float32), "xla"))
+    for name in STATE:
+        array = getattr(empty, name)
+        assert (array is None) == (name not in results)
+        if array is not None:
+            assert (array.shape, array.dtype) == (results[name].shape, results[name].dtype)
+            assert not array.any()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OTHERS)
 def test_causal(name):
     case = Case(tokens=20, decay="channel", beta=True, chunk=8)
     arrays = case.arrays(np.float32)
@@ -249,7 +249,7 @@ def test_traced_scale(name):
     assert_close(out, expected, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OTHERS)
 def test_without_jit(name):
     case = Case(tokens=3, chunk=2, batch=1)
     arrays = case.arrays(np.float32)
@@ -291,11 +291,9 @@ def test_vmap(mapped, name):
     depth = 2 if mapped == "all twice" else 1
     for size in (2, 3)[:depth]:
         arrays = {n: widened(x, axes[n], size) for n, x in arrays.items()}
-    for fn in (
-        lambda arrays: case.call(arrays, name),
-        lambda arrays: case.gradients(arrays, name),
-    ):
-        assert_close(jax.jit(mapping(fn))(arrays), calls(fn, arrays, depth), factor=2)
+    actual = jax.jit(mapping(lambda arrays: case.differentiated(arrays, name)))(arrays)
+    expected = calls(lambda arrays: case.differentiated(arrays, name), arrays, depth)
+    assert_close(actual, expected, factor=2)
 
 
 def test_reference_has_all_derivatives(x64):
@@ -344,6 +342,86 @@ WRONG = {
         dict(key=ARRAYS["key"].astype(jnp.bfloat16)),
         ValueError,
         "key: dtype bfloat16 must be query's, float32",
+    ),
+    "values of other heads": (
+        dict(value=jnp.zeros((2, 4, 6, 6))),
+        ValueError,
+        r"value: .*\(2, 4, 6, 6\)",
+    ),
+    "unknown features": (dict(feature_map="gelu"), ValueError, "feature_map: .*taylor; got 'gelu'"),
+    "negative epsilon": (dict(normalize=True, epsilon=-1.0), ValueError, "epsilon: .*-1.0"),
+    "decay without an order": (
+        dict(causal=False, log_decay=jnp.zeros(4)),
+        ValueError,
+        "log_decay: .*causal",
+    ),
+    "beta without an order": (
+        dict(causal=False, log_decay=None, beta=jnp.ones((2, 4, 4))),
+        ValueError,
+        "beta: .*causal",
+    ),
+    "momentum without an order": (
+        dict(causal=False, log_decay=None, log_momentum=jnp.zeros((2, 4, 4))),
+        ValueError,
+        "log_momentum: .*causal",
+    ),
+    "normalised delta rule": (
+        dict(normalize=True, beta=jnp.ones((2, 4, 4))),
+        ValueError,
+        "beta: .*normalize",
+    ),
+    "normalised momentum": (
+        dict(normalize=True, log_momentum=jnp.zeros((2, 4, 4))),
+        ValueError,
+        "log_momentum: .*normalize",
+    ),
+    "momentum of channels": (
+        dict(log_momentum=jnp.zeros((2, 4, 4)), log_decay=jnp.zeros((2, 4, 4, 8))),
+        ValueError,
+        "log_decay: .*log_momentum",
+    ),
+    "channels of the Taylor features": (
+        dict(feature_map="taylor", log_decay=jnp.zeros((2, 4, 4, 8))),
+        ValueError,
+        "log_decay: .*taylor",
+    ),
+    "segments of other keys": (
+        dict(
+            causal=False,
+            log_decay=None,
+            segment_ids=jnp.zeros((2, 4), int),
+            key=jnp.zeros((2, 5, 2, 8)),
+            value=jnp.zeros((2, 5, 2, 6)),
+        ),
+        ValueError,
+        "segment_ids: .*4 tokens.*5",
+    ),
+    "beta of key heads": (dict(beta=jnp.zeros((2, 4, 2))), ValueError, r"beta: .*\(2, 4, 4\)"),
+    "integer beta": (dict(beta=jnp.zeros((2, 4, 4), int)), TypeError, "beta: .*int32"),
+    "steps of other tokens": (
+        dict(log_decay=jnp.zeros((2, 5, 4))),
+        ValueError,
+        r"log_decay: .*\(2, 4, 4\).*\(2, 5, 4\)",
+    ),
+    "positive steps": (
+        dict(log_decay=np.full((2, 4, 4), 0.1)),
+        ValueError,
+        "log_decay: .*at most 0; got one of 0.1",
+    ),
+    "positive momentum": (
+        dict(log_momentum=np.full((2, 4, 4), 0.1)),
+        ValueError,
+        "log_momentum: .*at most 0",
+    ),
+    "state without a sum of keys": (
+        dict(normalize=True, initial_state=EMPTY),
+        ValueError,
+        r"initial_state: key_sum must have shape \(2, 4, 8\).*None",
+    ),
+    "state with momentum": (
+        dict(initial_state=LinearState(EMPTY.memory, momentum=EMPTY.memory)),
+        ValueError,
+        "initial_state: momentum must be None.*array",
     ),
     "decays of key heads": (
         dict(log_decay=jnp.zeros(2)),

@@ -1,173 +1,181 @@
 """Linear attention as compiled: what it does on several devices, and how much memory it takes."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.linear import LinearState, linear_attention
+from pallas_kernels.linear import linear_attention
 from pallas_kernels.partition import axes
 from tests.numerics import assert_close
+from tests.pallas_kernels.linear.cases import STATE, Case, called
+from tests.sharding import COLLECTIVE, mesh, place
 
-BATCH, TOKENS, HEADS, KV_HEADS, FEATURES, WIDTH = 4, 20, 4, 2, 8, 6
-SPECS = {
-    "query": P("data", None, "tensor"),
-    "key": P("data", None, "tensor"),
-    "value": P("data", None, "tensor"),
-    "log_decay": P("tensor"),
-    "memory": P("data", "tensor"),
-    "segment_ids": P("data"),
+CASES = {
+    "decay": Case(20, 4, kv_heads=2, segments=True, state=True),
+    "delta, channels": Case(
+        16, 4, heads=2, kv_heads=2, value_heads=4, decay="channel", beta=True, state=True
+    ),
+    "momentum": Case(16, 4, kv_heads=2, beta=True, momentum=True, state=True),
+    "all": Case(
+        16, 4, kv_heads=2, causal=False, decay=None, normalize=True, segments=True, state=True
+    ),
 }
-COLLECTIVES = re.compile(
-    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
-    r"(?:-start)?\("
-)
 
 
-def arrays():
-    rng = np.random.default_rng(0)
-    shapes = {
-        "query": (BATCH, TOKENS, HEADS, FEATURES),
-        "key": (BATCH, TOKENS, KV_HEADS, FEATURES),
-        "value": (BATCH, TOKENS, KV_HEADS, WIDTH),
-        "memory": (BATCH, HEADS, FEATURES, WIDTH),
-    }
-    result = {n: np.float32(rng.standard_normal(shape)) for n, shape in shapes.items()}
-    result["log_decay"] = np.float32([-1, -0.5, -0.1, 0])
-    result["segment_ids"] = np.arange(BATCH * TOKENS, dtype=np.int32).reshape(BATCH, TOKENS) // 9
-    return result
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def results(arrays, implementation):
-    """Returns output and memory."""
-    arrays = dict(arrays)
-    state = LinearState(arrays.pop("memory"))
-    out, state = linear_attention(
-        **arrays,
-        initial_state=state,
-        return_state=True,
-        chunk_size=8,
-        implementation=implementation,
-    )
-    return out, state.memory
+def arrays(case):
+    ids = case.segment_ids()
+    floats = {n: np.asarray(x) for n, x in case.arrays(np.float32).items()}
+    return floats if ids is None else floats | {"segment_ids": np.int32(ids)}
 
 
-def gradients(arrays, implementation):
-    """Returns the gradients of all float arguments of a loss in which everything counts."""
-    ids = arrays["segment_ids"]
+def spec(name, array):
+    """Returns how an argument or a result is sharded: over batch and heads."""
+    if array.ndim == 1:
+        return P("tensor")
+    entries = ("data", "tensor") if name in STATE else ("data", None, "tensor")
+    return P(*entries[: array.ndim])
+
+
+def differentiated(case, arrays, implementation):
+    """Returns the results, and the gradients of a loss in which everything counts."""
+    ids = arrays.get("segment_ids")
 
     def loss(floats):
-        out, memory = results(floats | {"segment_ids": ids}, implementation)
-        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(memory))
+        results = called(case, floats, implementation, segment_ids=ids)
+        return sum(jnp.sum(jnp.sin(x)) for x in results.values()), results
 
-    return jax.grad(loss)({n: x for n, x in arrays.items() if n != "segment_ids"})
-
-
-def mesh(kind):
-    return jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(kind,) * 2)
+    floats = {n: x for n, x in arrays.items() if n != "segment_ids"}
+    gradients, results = jax.grad(loss, has_aux=True)(floats)
+    return results, gradients
 
 
-def placed(arrays, mesh):
-    return {n: jax.device_put(x, NamedSharding(mesh, SPECS[n])) for n, x in arrays.items()}
-
-
-def spec(x):
-    """Returns the sharding of batch and heads of an output, whatever the type of axes."""
-    entries = [*x.sharding.spec, *[None] * x.ndim]
-    return entries[0], entries[2 if x.ndim == 4 and x.shape[1] == TOKENS else 1]
-
-
-@pytest.mark.parametrize("implementation", ("xla", "reference"))
-@pytest.mark.parametrize("kind", ("auto with axes", "auto", "explicit"))
-def test_sharded(kind, implementation):
-    expected = results(arrays(), implementation), gradients(arrays(), implementation)
+@pytest.mark.parametrize(
+    "case, kind, implementation",
+    (
+        ("decay", "auto with axes", "xla"),
+        ("decay", "auto", "xla"),
+        ("decay", "explicit", "xla"),
+        ("decay", "explicit", "reference"),
+        ("delta, channels", "auto with axes", "xla"),
+        ("delta, channels", "auto", "xla"),
+        ("momentum", "auto with axes", "xla"),
+        ("all", "explicit", "xla"),
+    ),
+)
+def test_sharded(case, kind, implementation):
+    case = CASES[case]
+    inputs = arrays(case)
+    fn = jax.jit(lambda inputs: differentiated(case, inputs, implementation))
+    expected = fn(inputs)
     devices = mesh(AxisType.Explicit if kind == "explicit" else AxisType.Auto)
     named = dict(batch="data", heads="tensor") if kind == "auto with axes" else {}
     with jax.set_mesh(devices), axes(**named):
-        inputs = placed(arrays(), devices)
-        forward = jax.jit(results, static_argnums=1).lower(inputs, implementation).compile()
-        backward = jax.jit(gradients, static_argnums=1).lower(inputs, implementation).compile()
-        actual = forward(inputs), backward(inputs)
+        placed = {n: place(devices, x, *spec(n, x)) for n, x in inputs.items()}
+        compiled = jax.jit(lambda inputs: fn(inputs)).lower(placed).compile()
+        actual = compiled(placed)
     assert_close(actual, expected, factor=2)
-    assert [spec(x) for x in actual[0]] == [("data", "tensor")] * 2
+    for n, x in actual[0].items():
+        entries = [*x.sharding.spec, *[None] * x.ndim]
+        assert (entries[0], entries[1 if n in STATE else 2]) == ("data", "tensor"), n
 
-    assert COLLECTIVES.findall(forward.as_text()) == []
     # The gradient of the decays, which have no batch, is a sum over the devices of the batch.
     # It stands outside of the loop over chunks.
-    assert COLLECTIVES.findall(backward.as_text()) == ["all-reduce"]
-    assert COLLECTIVES.findall(backward.as_text().partition("ENTRY ")[2]) == ["all-reduce"]
+    sums = ["all-reduce"] if inputs.get("log_decay", inputs["query"]).ndim == 1 else []
+    assert COLLECTIVE.findall(compiled.as_text()) == sums
+    assert COLLECTIVE.findall(compiled.as_text().partition("ENTRY ")[2]) == sums
 
 
 def test_backward_outside_of_the_context():
+    case = CASES["decay"]
     devices = mesh(AxisType.Auto)
+    inputs = arrays(case)
+    ids = inputs.pop("segment_ids")
     with jax.set_mesh(devices):
-        inputs = placed(arrays(), devices)
-        ids = inputs.pop("segment_ids")
+        placed = {n: place(devices, x, *spec(n, x)) for n, x in inputs.items()}
         with axes(batch="data", heads="tensor"):
-            (out, memory), transpose = jax.vjp(
-                lambda inputs: results(inputs | {"segment_ids": ids}, "xla"), inputs
+            results, transpose = jax.vjp(
+                lambda inputs: called(case, inputs, "xla", segment_ids=ids), placed
             )
-        (actual,) = transpose((jnp.cos(out), jnp.cos(memory)))
-    assert_close(actual, gradients(arrays(), "xla"), factor=2)
+        (actual,) = transpose(jax.tree.map(jnp.cos, results))
+    expected = differentiated(case, inputs | {"segment_ids": ids}, "xla")[1]
+    assert_close(actual, expected, factor=2)
 
 
-@pytest.mark.parametrize("check_vma", (True, False))
-def test_inside_of_a_shard_map(check_vma):
-    def local(arrays):
-        gradient = gradients(arrays, "xla")
-        return results(arrays, "xla"), gradient | {"log_decay": gradient["log_decay"][None]}
+@pytest.mark.parametrize(
+    "case, check_vma", (("decay", True), ("decay", False), ("momentum", True), ("all", True))
+)
+def test_inside_of_a_shard_map(case, check_vma):
+    case = CASES[case]
+    inputs = arrays(case)
 
-    out_specs = {n: spec for n, spec in SPECS.items() if n != "segment_ids"}
-    out_specs["log_decay"] = P("data", "tensor")
+    def local(inputs):
+        results, gradients = differentiated(case, inputs, "xla")
+        if "log_decay" in gradients:
+            gradients["log_decay"] = gradients["log_decay"][None]
+        return results, gradients
+
+    specs = {n: spec(n, x) for n, x in inputs.items()}
+    results = {n: specs.get(n, P("data", "tensor")) for n in ("out", *STATE) if n in inputs}
+    results["out"] = specs["query"]
+    gradients = {n: s for n, s in specs.items() if n != "segment_ids"}
+    if "log_decay" in gradients:
+        gradients["log_decay"] = P("data", "tensor")
     mapped = jax.shard_map(
         local,
         mesh=mesh(AxisType.Auto),
-        in_specs=(SPECS,),
-        out_specs=((SPECS["query"], SPECS["memory"]), out_specs),
+        in_specs=(specs,),
+        out_specs=(results, gradients),
         check_vma=check_vma,
     )
-    actual, gradient = jax.jit(mapped)(arrays())
-    # With check_vma JAX sums the gradient of what does not vary; otherwise each shard has a part.
-    part = gradient["log_decay"]
-    gradient["log_decay"] = part[0] if check_vma else part.sum(0)
-    assert_close(actual, results(arrays(), "xla"), factor=2)
-    assert_close(gradient, gradients(arrays(), "xla"), factor=2)
+    actual, gradients = jax.jit(mapped)(inputs)
+    if "log_decay" in gradients:
+        # With check_vma JAX sums the gradient of what does not vary; else each shard has a part.
+        part = gradients["log_decay"]
+        gradients["log_decay"] = part[0] if check_vma else part.sum(0)
+    assert_close((actual, gradients), differentiated(case, inputs, "xla"), factor=2)
 
 
 def test_sharded_under_vmap():
+    case = CASES["decay"]
     devices = mesh(AxisType.Auto)
-    inputs = {n: np.stack([x, x[::-1]]) for n, x in arrays().items()}
-    expected = jax.vmap(lambda a: gradients(a, "xla"))(inputs)
+    inputs = {n: np.stack([x, x[::-1]]) for n, x in arrays(case).items()}
+    fn = jax.vmap(lambda inputs: differentiated(case, inputs, "xla"))
+    expected = fn(inputs)
     with jax.set_mesh(devices), axes(batch="data", heads="tensor"):
-        sharded = {
-            n: jax.device_put(x, NamedSharding(devices, P(None, *SPECS[n])))
-            for n, x in inputs.items()
-        }
-        mapped = jax.jit(jax.vmap(lambda a: gradients(a, "xla")))
-        compiled = mapped.lower(sharded).compile()
-    assert_close(compiled(sharded), expected, factor=2)
-    assert COLLECTIVES.findall(compiled.as_text()) == ["all-reduce"]
+        placed = {n: place(devices, x, None, *spec(n, x[0])) for n, x in inputs.items()}
+        compiled = jax.jit(fn).lower(placed).compile()
+    assert_close(compiled(placed), expected, factor=2)
+    assert COLLECTIVE.findall(compiled.as_text()) == ["all-reduce"]
 
 
-@pytest.mark.parametrize("gradient", (False, True), ids=("forward", "backward"))
-def test_memory_is_linear(gradient):
-    def loss(query, key, value, log_decay):
-        out = linear_attention(query, key, value, log_decay=log_decay, chunk_size=32)
-        return jnp.sum(out * value)
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    "gates, gradient", (("constant", False), ("constant", True), ("channels and beta", True))
+)
+def test_memory_is_linear(gates, gradient):
+    chunk = 32 if gates == "constant" else 8
+
+    def loss(query, key, value, log_decay, beta=None):
+        options = dict(log_decay=log_decay, beta=beta, chunk_size=chunk)
+        return jnp.sum(linear_attention(query, key, value, **options) * value)
 
     def temporary(tokens):
-        fn = jax.grad(loss, argnums=(0, 1, 2, 3)) if gradient else loss
         x = jax.ShapeDtypeStruct((1, tokens, 4, 16), jnp.float32)
-        decay = jax.ShapeDtypeStruct((4,), jnp.float32)
-        compiled = jax.jit(fn).lower(x, x, x, decay).compile()
+        constant = gates == "constant"
+        args = x, x, x, jax.ShapeDtypeStruct((4,) if constant else x.shape, jnp.float32)
+        args += () if constant else (jax.ShapeDtypeStruct(x.shape[:3], jnp.float32),)
+        fn = jax.grad(loss, argnums=tuple(range(len(args)))) if gradient else loss
+        compiled = jax.jit(fn).lower(*args).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporary(2048), temporary(8192)
     assert long <= 4.1 * short
-    # Per token and head: the output and, in the backward, its cotangent and 16 / 32 of a memory.
-    floats = 2 * 16 + 16 / 32 * 16 if gradient else 16
+    # Per token and head: the output and, in the backward, its cotangent and a part of a memory.
+    floats = 2 * 16 + 16 / chunk * 16 if gradient else 16
     assert long <= 1.1 * 4 * 4 * 8192 * floats
