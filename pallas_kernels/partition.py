@@ -19,7 +19,7 @@ Dimensions are written as letters, one string per array. The first stands for th
 
     b   the batch
     1   the batch, or 1 where an array is the same for all of it
-    n   heads: query heads, key heads, or 1
+    n   heads: of query, key or value, or 1
     +   1, in the place of b or n: an array without a batch, or without heads, of which the backward
         returns the gradient. As an output, a sum over the local batch or heads, which `partitioned`
         completes over the devices: one all-reduce, the only collective

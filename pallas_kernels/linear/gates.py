@@ -201,8 +201,8 @@ class _ChannelGate(Gate):
 class _MomentumGate(Gate):
     """A decay of each of two memories S and U, of which U is added to S at every token.
 
-    What token j adds to U is in S, at token i, as often as there is a token between at which it
-    leaves U: with A and M the decays of S and U, W_ij = sum_l A_il M_lj.
+    What token j writes to U is added to S at every token l from j to i: with A_il and M_lj the
+    decays of S and of U, it counts W_ij = sum_l A_il M_lj at token i.
     """
 
     feature_map: str | None

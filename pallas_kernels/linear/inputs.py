@@ -4,7 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.linear import features
 from pallas_kernels.partition import Axes
@@ -104,3 +104,9 @@ def finite(log_decay: Float[Array, "..."]) -> Float[Array, "..."]:
     here is 0.
     """
     return jnp.maximum(log_decay, -1e30)
+
+
+def zero_unless(condition: Bool[Array, "..."], array: Array) -> Array:
+    """Returns the array, or zeros where a condition on its first dimensions does not hold."""
+    condition = condition.reshape(*condition.shape, *(1,) * (array.ndim - condition.ndim))
+    return jnp.where(condition, array, 0)

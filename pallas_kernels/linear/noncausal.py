@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.linear import features, products
-from pallas_kernels.linear.inputs import Inputs, Options
+from pallas_kernels.linear.inputs import Inputs, Options, zero_unless
 from pallas_kernels.linear.layout import Tokens, packed, unpacked
 
 
@@ -36,19 +36,18 @@ def forward(options: Options, *inputs: Array | None) -> tuple[Array, ...]:
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
     value = jnp.broadcast_to(value, (*value.shape[:3], x.heads // value.shape[2], value.shape[4]))
     # Values of 0 in the last chunk, with the 1 that counts a key, make its rest count for nothing.
-    query, key, value = (
-        jnp.moveaxis(_chunked(a, options.chunk_size), 2, -2) for a in (query, key, value)
-    )
-    runs = None if x.runs is None else _chunked(x.runs, options.chunk_size, mode="edge")
+    size = min(options.chunk_size, max(query.shape[1], key.shape[1]))
+    query, key, value = (jnp.moveaxis(_chunked(a, size), 2, -2) for a in (query, key, value))
+    runs = None if x.runs is None else _chunked(x.runs, size, mode="edge")
     chunks = _Chunks(query, key, value, runs)
     memories = packed(options, x, x.initial_state(options))
 
     attend = _attend if runs is None else _attend_segments
     out, memory = attend(options, chunks, *memories)
-    if options.epsilon is not None:
-        out = out[..., :-1] / (out[..., -1:] + options.epsilon)
     out = jnp.moveaxis(out, (0, -2), (1, 2))
     out = out.reshape(out.shape[0], -1, x.heads, out.shape[-1])[:, : x.query.shape[1]]
+    if options.epsilon is not None:
+        out = out[..., :-1] / (out[..., -1:] + options.epsilon)
     return (options.scale * out).astype(x.query.dtype), *unpacked(options, (memory,))
 
 
@@ -79,9 +78,9 @@ def _attend_segments(options: Options, chunks: _Chunks, memory: Array) -> tuple[
     def add(memory: Array, chunk: tuple[_Chunks, Array, Array]) -> tuple[Array, Array]:
         """Returns the memory of the run that goes on beyond the chunk, and the one it came with."""
         chunk, beside, leaving = chunk
-        kept = _where(beside == leaving, memory)
+        kept = zero_unless(beside == leaving, memory)
         leaves = chunk.runs == leaving[:, None]
-        key = _where(leaves[:, None], mapped(chunk.key))
+        key = zero_unless(leaves[:, None], mapped(chunk.key))
         return kept + products.written(key, chunk.value), memory
 
     memory, befores = jax.lax.scan(add, memory, (chunks, before, last))
@@ -93,23 +92,14 @@ def _attend_segments(options: Options, chunks: _Chunks, memory: Array) -> tuple[
         query, runs = mapped(chunk.query), chunk.runs
         same = runs[:, None, None, :, None] == runs[:, None, None, None]
         scores = features.scores(options.feature_map, query, mapped(chunk.key))
-        out = products.weighed(_repeated(jnp.where(same, scores, 0), chunk.value), chunk.value)
+        scores = jnp.broadcast_to(scores, (*chunk.value.shape[:3], *scores.shape[3:]))
+        out = products.weighed(jnp.where(same, scores, 0), chunk.value)
         for beside, memory in ((before, memory_before), (after, memory_after)):
             readers = (runs == beside[:, None])[:, None, None]
-            out += products.read(_where(readers, query), memory)
+            out += products.read(zero_unless(readers, query), memory)
         return out
 
     return jax.lax.map(read, (chunks, before, after, befores, afters)), memory
-
-
-def _where(condition: Array, array: Array) -> Array:
-    """Returns the array, or zeros where not."""
-    condition = condition.reshape(*condition.shape, *(1,) * (array.ndim - condition.ndim))
-    return jnp.where(condition, array, 0)
-
-
-def _repeated(scores: Array, value: Array) -> Array:
-    return jnp.broadcast_to(scores, (*value.shape[:3], *scores.shape[3:]))
 
 
 def _chunked(array: Array, size: int, mode: str = "constant") -> Array:

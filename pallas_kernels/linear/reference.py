@@ -8,10 +8,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from pallas_kernels.linear import features
-from pallas_kernels.linear.inputs import Inputs, Options, finite
+from pallas_kernels.linear.inputs import Inputs, Options, finite, zero_unless
 
 _product = functools.partial(jnp.einsum, precision="highest")
 
@@ -60,7 +60,7 @@ def _by_token(
 
     def step(state: dict[str, Array], token: dict[str, Array]) -> tuple[dict, Array]:
         key, new = token["key"], token["value"]
-        state = {name: _where(token["continues"], a) for name, a in state.items()}
+        state = {name: zero_unless(token["continues"], a) for name, a in state.items()}
         decay = decays if constant else token["decay"]
         decay = decay.reshape(batch, heads, -1)  # of the memory, or of each of its rows
         decayed = decay[..., None] * state["memory"]
@@ -100,11 +100,11 @@ def _by_matrix(
         scores = jnp.where(same[:, None], scores, 0)
         first, last = x.runs == 0, same[:, -1]
     before = x.initial_state(options)
-    key = _where(last, key)
+    key = zero_unless(last, key)
     after = {"memory": _product("bsnh,bsnv->bnhv", key, value), "key_sum": jnp.sum(key, 1)}
-    state = {name: after[name] + _where(first[:, -1], a) for name, a in before.items()}
+    state = {name: after[name] + zero_unless(first[:, -1], a) for name, a in before.items()}
 
-    query = _where(first, query)
+    query = zero_unless(first, query)
     out = _product("bnts,bsnv->btnv", scores, value)
     out += _product("btnh,bnhv->btnv", query, before["memory"])
     if options.epsilon is not None:
@@ -112,9 +112,3 @@ def _by_matrix(
         total += _product("btnh,bnh->btn", query, before["key_sum"])
         out /= total[..., None] + options.epsilon
     return out, state
-
-
-def _where(condition: Bool[Array, "B ..."], array: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """Returns the array, or zeros where not."""
-    condition = condition.reshape(*condition.shape, *(1,) * (array.ndim - condition.ndim))
-    return jnp.where(condition, array, 0)

@@ -58,10 +58,10 @@ def test_gradients(case, name, x64):
 
 
 PRECISE = {
-    "decay": Case(150, kv_heads=2, chunk=32, state=True, segments=True),
-    "delta, channels": Case(96, chunk=32, beta=True, decay="channel", state=True),
-    "momentum": Case(96, chunk=32, beta=True, momentum=True, decay="step", state=True),
-    "taylor": Case(96, chunk=32, feature_map="taylor", normalize=True, decay="step"),
+    "decay": Case(128, kv_heads=2, chunk=32, state=True, segments=True),
+    "delta, channels": Case(96, chunk=16, beta=True, decay="channel", state=True),
+    "momentum": Case(96, chunk=16, beta=True, momentum=True, decay="step", state=True),
+    "taylor": Case(96, feature_map="taylor", normalize=True, decay="step"),
     "all": Case(96, chunk=32, causal=False, decay=None, segments=True, state=True),
 }
 
@@ -74,7 +74,7 @@ PRECISE = {
     ),
 )
 def test_precision(case, dtype, name):
-    case = dataclasses.replace(PRECISE[case], heads=2, kv_heads=1, features=8, width=16)
+    case = dataclasses.replace(PRECISE[case], heads=2, kv_heads=1, features=6, width=16)
     arrays = case.arrays(dtype)
     results, gradients = case.differentiated(arrays, name)
     wide = {n: jnp.float32 for n in STATE} | {"out": dtype}
@@ -103,7 +103,7 @@ def test_strong_decays_over_many_tokens(dtype):
     "tokens, decay, dtype", ((4096, "step", "float32"), (65536, "channel", "bfloat16"))
 )
 def test_strong_gates_over_many_tokens(tokens, decay, dtype):
-    case = Case(tokens, 1, 1, 1, features=4, width=4, chunk=CHUNK_SIZE, decay=decay, beta=True)
+    case = Case(tokens, 1, 1, 1, features=4, width=4, chunk=32, decay=decay, beta=True)
     arrays = case.arrays(dtype)
     actual = case.differentiated(arrays, "xla")
     with jax.enable_x64(True):
@@ -144,12 +144,13 @@ VARIANTS = {
     "taylor": dict(decay=None, normalize=True, feature_map="taylor"),
     "delta": dict(decay="step", beta=True),
     "delta, channels": dict(decay="channel", beta=True),
+    "delta of features": dict(decay=None, beta=True, feature_map="taylor"),
     "momentum": dict(decay="step", beta=True, momentum=True),
 }
 SIZES = st.integers(1, 20)
 
 
-@hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_chunks_do_not_matter(data):
     heads = ((1, 1, 1), (2, 1, 1), (2, 2, 2), (3, 1, 1), (1, 1, 3), (2, 1, 4))
@@ -218,10 +219,10 @@ def test_empty_state(variant):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_causal(name):
-    case = Case(tokens=20, decay="channel", beta=True, chunk=8)
+    case = Case(16, decay="channel", beta=True)
     arrays = case.arrays(np.float32)
     out = case.call(arrays, name)["out"]
-    for token in (0, 7, 8, 19):
+    for token in (0, 7, 8, 15):
         changed = {n: x.at[:, token].add(0.3) for n, x in arrays.items() if n != "log_decay"}
         differs = np.any(case.call(arrays | changed, name)["out"] != out, axis=(0, 2, 3))
         assert not differs[:token].any()
@@ -263,7 +264,7 @@ def test_without_jit(name):
     (("decay", "xla"), ("query", "xla"), ("all twice", "xla"), ("decay", "reference")),
 )
 def test_vmap(mapped, name):
-    case = Case(tokens=20, kv_heads=2, state=True, segments=True, decay=(-1, -0.3, -0.1, 0))
+    case = Case(16, kv_heads=2, state=True, segments=True, decay=(-1, -0.3, -0.1, 0))
     arrays = case.arrays(np.float32)
     axes = {
         "decay": dict.fromkeys(arrays) | {"log_decay": 0},
