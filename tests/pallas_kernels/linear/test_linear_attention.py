@@ -152,7 +152,7 @@ SIZES = st.integers(1, 20)
 
 @hypothesis.settings(max_examples=4, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
-def test_chunks_do_not_matter(data):
+def test_chunks_and_splits_do_not_matter(data):
     heads = ((1, 1, 1), (2, 1, 1), (2, 2, 2), (3, 1, 1), (1, 1, 3), (2, 1, 4))
     heads = data.draw(st.sampled_from(heads), "heads of queries, keys and values")
     sizes = {n: data.draw(SIZES, n) for n in ("tokens", "width", "chunk", "other_chunk")}
@@ -169,10 +169,25 @@ def test_chunks_do_not_matter(data):
         state=True,
         **VARIANTS[data.draw(st.sampled_from(sorted(VARIANTS)), "variant")],
     )
+    cut = data.draw(st.integers(1, case.tokens), "cut")
     with jax.enable_x64(True):
-        arrays = case.arrays()
+        arrays, ids = case.arrays(), case.segment_ids()
         other = dataclasses.replace(case, chunk=sizes["other_chunk"])
-        assert_close(other.call(arrays, "xla"), case.call(arrays, "xla"), jnp.float64)
+
+        @jax.jit
+        def split(arrays):
+            state, outs = {n: x for n, x in arrays.items() if n in STATE}, []
+            for part in (slice(0, cut), slice(cut, None))[: 1 + (cut < case.tokens)]:
+                if part.start and ids is not None and ids[0, cut] != ids[0, cut - 1]:
+                    # The state of a segment that has ended is the caller's to drop.
+                    state = jax.tree.map(jnp.zeros_like, state)
+                tokens = {n: x if x.ndim == 1 else x[:, part] for n, x in arrays.items()}
+                part_ids = None if ids is None else ids[:, part]
+                state = called(other, tokens | state, "xla", segment_ids=part_ids)
+                outs.append(state.pop("out"))
+            return {"out": jnp.concatenate(outs, axis=1)} | state
+
+        assert_close(split(arrays), case.call(arrays, "xla"), jnp.float64)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
