@@ -161,26 +161,24 @@ def linear_attention(
     gates = {"log_decay": log_decay, "beta": beta, "log_momentum": log_momentum}
     given = tuple(name for name, gate in gates.items() if gate is not None)
     _check_combination(given, feature_map, normalize, causal)
+    shape = (batch, tokens, heads, size)
     if log_decay is not None:
-        log_decay = _checked_log(log_decay, "log_decay")
-        if log_decay.ndim == 1:
-            log_decay = _shaped(log_decay, "log_decay", (heads,)).astype(accumulator)[None]
-        else:
-            wide = log_decay.ndim == 4
-            if wide and (log_momentum is not None or feature_map == "taylor"):
-                other = "log_momentum" if log_momentum is not None else "feature_map 'taylor'"
-                raise ValueError(f"log_decay: must not be of each feature with {other}")
-            shape = (batch, tokens, heads, size) if wide else (batch, tokens, heads)
-            log_decay = _shaped(log_decay, "log_decay", shape)
+        log_decay = _checked_decay(log_decay, shape)
+        if log_decay.ndim == 2:
+            log_decay = log_decay.astype(accumulator)
+        if log_decay.ndim == 4 and log_momentum is not None:
+            raise ValueError("log_decay: must not be of each feature with log_momentum")
+        if log_decay.ndim == 4 and feature_map == "taylor":
+            raise ValueError("log_decay: must not be of each feature with feature_map 'taylor'")
     if beta is not None:
-        beta = _shaped(_floating(beta, "beta"), "beta", (batch, tokens, heads))
+        beta = _shaped(_floating(beta, "beta"), "beta", shape[:3])
     if log_momentum is not None:
         log_momentum = _checked_log(log_momentum, "log_momentum")
-        log_momentum = _shaped(log_momentum, "log_momentum", (batch, tokens, heads))
+        log_momentum = _shaped(log_momentum, "log_momentum", shape[:3])
         if log_decay is None or log_decay.ndim == 2:
             # Momentum mixes decays of tokens, so that a constant one has no powers to prepare.
             log_decay = jnp.zeros((), accumulator) if log_decay is None else log_decay[:, None]
-            log_decay = jnp.broadcast_to(log_decay, log_momentum.shape)
+            log_decay = jnp.broadcast_to(log_decay, shape[:3])
     if not isinstance(epsilon, int | float) or not epsilon >= 0:
         raise ValueError(f"epsilon: must be a number of at least 0; got {epsilon!r}")
     if chunk_size is None:
@@ -351,6 +349,14 @@ def _checked_state(
             raise TypeError(f"initial_state: {name} must be floating point; got {array.dtype}")
         checked[name] = array.astype(dtype)
     return checked
+
+
+def _checked_decay(log_decay: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Returns [1, M], [B, T, M] or [B, T, M, H], where the shape is the last."""
+    log_decay = _checked_log(log_decay, "log_decay")
+    if log_decay.ndim == 1:
+        return _shaped(log_decay, "log_decay", shape[2:3])[None]
+    return _shaped(log_decay, "log_decay", shape if log_decay.ndim == 4 else shape[:3])
 
 
 def _checked_log(log: ArrayLike, name: str) -> Array:

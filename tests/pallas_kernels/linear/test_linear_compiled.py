@@ -14,11 +14,11 @@ from tests.pallas_kernels.linear.cases import STATE, Case, called
 from tests.sharding import COLLECTIVE, mesh, place
 
 CASES = {
-    "decay": Case(20, 4, kv_heads=2, segments=True, state=True),
+    "decay": Case(16, 4, kv_heads=2, segments=True, state=True),
     "delta, channels": Case(
         16, 4, heads=2, kv_heads=2, value_heads=4, decay="channel", beta=True, state=True
     ),
-    "momentum": Case(16, 4, kv_heads=2, beta=True, momentum=True, state=True),
+    "momentum": Case(8, 4, kv_heads=2, beta=True, momentum=True, state=True),
     "all": Case(
         16, 4, kv_heads=2, causal=False, decay=None, normalize=True, segments=True, state=True
     ),
