@@ -60,7 +60,6 @@ def test_gradients(case, name, x64):
 PRECISE = {
     "decay": Case(128, kv_heads=2, chunk=32, state=True, segments=True),
     "delta, channels": Case(96, chunk=16, beta=True, decay="channel", state=True),
-    "momentum": Case(96, chunk=16, beta=True, momentum=True, decay="step", state=True),
     "taylor": Case(96, feature_map="taylor", normalize=True, decay="step"),
     "all": Case(96, chunk=32, causal=False, decay=None, segments=True, state=True),
 }
@@ -103,7 +102,7 @@ def test_strong_decays_over_many_tokens(dtype):
     "tokens, decay, dtype", ((4096, "step", "float32"), (65536, "channel", "bfloat16"))
 )
 def test_strong_gates_over_many_tokens(tokens, decay, dtype):
-    case = Case(tokens, 1, 1, 1, features=4, width=4, chunk=32, decay=decay, beta=True)
+    case = Case(tokens, 1, 1, 1, features=4, width=4, chunk=16, decay=decay, beta=True)
     arrays = case.arrays(dtype)
     actual = case.differentiated(arrays, "xla")
     with jax.enable_x64(True):
@@ -267,7 +266,7 @@ def test_traced_scale(name):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_without_jit(name):
-    case = Case(tokens=3, chunk=2, batch=1)
+    case = Case(1, batch=1)
     arrays = case.arrays(np.float32)
     with jax.disable_jit():
         actual = case.call(arrays, name)
@@ -276,7 +275,7 @@ def test_without_jit(name):
 
 @pytest.mark.parametrize(
     "mapped, name",
-    (("decay", "xla"), ("query", "xla"), ("all twice", "xla"), ("decay", "reference")),
+    (("query", "xla"), ("all twice", "xla"), ("decay", "reference")),
 )
 def test_vmap(mapped, name):
     case = Case(16, kv_heads=2, state=True, segments=True, decay=(-1, -0.3, -0.1, 0))

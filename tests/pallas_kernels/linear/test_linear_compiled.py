@@ -63,7 +63,6 @@ def differentiated(case, arrays, implementation):
         ("decay", "explicit", "xla"),
         ("decay", "explicit", "reference"),
         ("delta, channels", "auto with axes", "xla"),
-        ("delta, channels", "auto", "xla"),
         ("all", "explicit", "xla"),
     ),
 )
