@@ -6,13 +6,13 @@ the derivative of one at a time. Tokens after the last whole chunk are a shorter
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.chunks import Part, chunk_loop, chunk_parts
 from pallas_kernels.linear import delta, features, gates, products
 from pallas_kernels.linear.inputs import Inputs, Options
 from pallas_kernels.linear.layout import (
@@ -48,28 +48,19 @@ def kept_count(x: Inputs) -> int:
     return 1 if x.log_momentum is None else 2
 
 
-class _Part(NamedTuple):
-    """Consecutive chunks of one size."""
-
-    first: int  # number of the first chunk
-    count: int
-    size: int
-    stride: int  # tokens from one chunk to the next; the same in all parts
-
-
 def _forward(
     options: Options, x: Inputs, *, keep: bool
 ) -> tuple[Array, gates.Memories, tuple[Array, ...]]:
     tokens = Tokens.of(x)
     batch, count, groups = tokens.query.shape[:3]
     memories = packed(options, x, x.initial_state(options))
-    parts = _parts(count, options.chunk_size)
+    parts = chunk_parts(count, options.chunk_size)
     chunks = sum(part.count for part in parts) if keep else 0
     kept = tuple(_zeros(x, (batch, chunks, *m.shape[1:]), tokens.precision) for m in memories)
     out = _zeros(x, (batch, count, groups, x.heads // groups, x.value.shape[3]), x.query.dtype)
     slope = _zeros(x, memories[0].shape[:3], x.accumulator)
 
-    def step(part: _Part, constants: gates.Weights | None, i: Any, carry: tuple) -> tuple:
+    def step(part: Part, constants: gates.Weights | None, i: Any, carry: tuple) -> tuple:
         memories, out, kept = carry
         start = i * part.stride
         if keep:
@@ -84,7 +75,7 @@ def _forward(
     carry = memories, out, kept
     for part in parts:
         constants = gates.constant_weights(x, part.size)
-        carry = _loop(part, functools.partial(step, part, constants), carry)
+        carry = chunk_loop(part, functools.partial(step, part, constants), carry)
     memories, out, kept = carry
     kept = tuple(m.reshape(batch, chunks, x.heads, *m.shape[4:]) for m in kept)
     return out.reshape(batch, count, x.heads, -1), memories, kept
@@ -108,7 +99,7 @@ def backward(options: Options, *arguments: Array | None) -> tuple[Array, ...]:
     d_memories = packed(options, x, dict(zip(names, d_state, strict=True)))
     slope = _zeros(x, d_memories[0].shape[:3], x.accumulator)
 
-    def step(part: _Part, constants: gates.Weights | None, i: Any, carry: tuple) -> tuple:
+    def step(part: Part, constants: gates.Weights | None, i: Any, carry: tuple) -> tuple:
         d_tokens, d_memories, d_slope = carry
         start = i * part.stride
         memories = tuple(
@@ -122,9 +113,9 @@ def backward(options: Options, *arguments: Array | None) -> tuple[Array, ...]:
         return d_tokens.put(d_chunk, start), d_memories, d_slope + d_chunk_slope
 
     carry = jax.tree.map(jnp.zeros_like, tokens), d_memories, slope
-    for part in reversed(_parts(x.query.shape[1], options.chunk_size)):
+    for part in reversed(chunk_parts(x.query.shape[1], options.chunk_size)):
         constants = gates.constant_weights(x, part.size)
-        carry = _loop(part, functools.partial(step, part, constants), carry, backwards=True)
+        carry = chunk_loop(part, functools.partial(step, part, constants), carry, backwards=True)
     d_tokens, d_memories, d_slope = carry
 
     d_state = dict(zip(names, unpacked(options, d_memories), strict=True))
@@ -166,24 +157,6 @@ def _segments(x: Inputs, start: Any, size: int) -> gates.Segments | None:
         return None
     before = jax.lax.dynamic_slice_in_dim(x.runs, jnp.maximum(start - 1, 0), 1, axis=1)
     return gates.Segments.of(jax.lax.dynamic_slice_in_dim(x.runs, start, size, axis=1), before)
-
-
-def _parts(tokens: int, chunk_size: int) -> list[_Part]:
-    whole, rest = divmod(tokens, chunk_size)
-    parts = (_Part(0, whole, chunk_size, chunk_size), _Part(whole, 1, rest, chunk_size))
-    return [part for part in parts if part.count and part.size]
-
-
-def _loop(
-    part: _Part, step: Callable[[Any, Any], Any], carry: Any, *, backwards: bool = False
-) -> Any:
-    """Calls `step(chunk, carry)` for all chunks of a part."""
-    last = part.first + part.count - 1
-
-    def body(n: Any, carry: Any) -> Any:
-        return step(last - n if backwards else part.first + n, carry)
-
-    return body(0, carry) if part.count == 1 else jax.lax.fori_loop(0, part.count, body, carry)
 
 
 def _unbroadcast(gradient: Array, given: Array) -> Array:

@@ -14,7 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-LANES = 128
+from pallas_kernels import tpu
+from pallas_kernels.tpu import LANES, VMEM_BYTES
+
 ROWS = 8
 """Tokens in a register."""
 STEP = 16
@@ -104,20 +106,13 @@ def tiling(
 
 def padded(array: Array, tiling: Tiling) -> Array:
     """Fills channels, the last dimension, up with zeros."""
-    missing = tiling.channels - array.shape[-1]
-    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)]) if missing else array
-
-
-def result(shape: Sequence[int], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
-    """Returns the type of a kernel's result, which in a shard_map varies as an argument does."""
-    kind = jax.typeof(like).manual_axis_type
-    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
+    return tpu.padded(array, array.ndim - 1, tiling.channels)
 
 
 def params() -> pltpu.CompilerParams:
     """Returns how kernels are compiled."""
     return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
     )
 
 

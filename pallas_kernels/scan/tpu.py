@@ -6,7 +6,7 @@ from jaxtyping import Array
 
 from pallas_kernels.scan import tpu_gated, tpu_selective
 from pallas_kernels.scan.inputs import Inputs, Options, Selective
-from pallas_kernels.scan.tiles import LANES
+from pallas_kernels.tpu import LANES
 
 KERNELS = {"gated": tpu_gated, "selective": tpu_selective}
 

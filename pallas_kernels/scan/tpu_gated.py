@@ -17,6 +17,7 @@ from jaxtyping import Array
 from pallas_kernels.scan import tiles
 from pallas_kernels.scan.inputs import Gated, Inputs, Options, Parameters, ScanState
 from pallas_kernels.scan.tiles import ROWS, STEP, Tiling
+from pallas_kernels.tpu import result
 
 WIDEST = 1024
 """Channels in a tile, at most."""
@@ -29,13 +30,13 @@ def forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Any, ...]:
     channels = tiling.channels
     like = tokens[0]
     out = [
-        tiles.result((*x.out.shape[:2], channels), x.out.dtype, like),
-        tiles.result((tiling.batch, 1, channels), jnp.float32, like),
+        result((*x.out.shape[:2], channels), x.out.dtype, like),
+        result((tiling.batch, 1, channels), jnp.float32, like),
     ]
     out_specs = [tiling.by_token(), tiling.by_row(1)]
     if keep:
         chunks = tiling.grid[2]
-        out.append(tiles.result((tiling.batch, chunks, 1, channels), jnp.float32, like))
+        out.append(result((tiling.batch, chunks, 1, channels), jnp.float32, like))
         out_specs.append(tiling.by_chunk(1))
     state = tiles.padded(x.state.hidden[:, None], tiling)
     out, last, *kept = pl.pallas_call(
@@ -129,8 +130,8 @@ def backward(
         in_specs=[*specs, tiling.by_token(), tiling.by_chunk(1), tiling.by_row(1)],
         out_specs=[tiling.by_token(), tiling.by_token(), tiling.by_row(1)],
         out_shape=[
-            *(tiles.result(array.shape, array.dtype, d_out) for array in tokens),
-            tiles.result(after.shape, jnp.float32, d_out),
+            *(result(array.shape, array.dtype, d_out) for array in tokens),
+            result(after.shape, jnp.float32, d_out),
         ],
         scratch_shapes=[
             pltpu.VMEM((tiling.rows, tiling.lanes), jnp.float32),

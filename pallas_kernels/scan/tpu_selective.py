@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.scan import tiles
 from pallas_kernels.scan.inputs import Inputs, Options, Parameters, ScanState, Selective
-from pallas_kernels.scan.tiles import LANES, ROWS, STEP, Tiling
+from pallas_kernels.scan.tiles import ROWS, STEP, Tiling
+from pallas_kernels.tpu import LANES, result
 
 LOG2E = math.log2(math.e)
 """Rates are in base 2, as is the exponential that a TPU has."""
@@ -91,13 +92,13 @@ def forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Any, ...]:
     features, channels, like = _features(x), tiling.channels, arrays["x"]
     specs["initial"] = tiling.by_row(features)
     outs = {
-        "out": tiles.result((*x.out.shape[:2], channels), x.out.dtype, like),
-        "last": tiles.result((tiling.batch, features, channels), jnp.float32, like),
+        "out": result((*x.out.shape[:2], channels), x.out.dtype, like),
+        "last": result((tiling.batch, features, channels), jnp.float32, like),
     }
     out_specs = {"out": tiling.by_token(), "last": tiling.by_row(features)}
     if keep:
         shape = tiling.batch, tiling.grid[2], features, channels
-        outs["kept"] = tiles.result(shape, jnp.float32, like)
+        outs["kept"] = result(shape, jnp.float32, like)
         out_specs["kept"] = tiling.by_chunk(features)
     wide = pltpu.VMEM((tiling.rows // ROWS, ROWS, tiling.lanes), jnp.float32)
     results = pl.pallas_call(
@@ -296,10 +297,7 @@ def backward(
         in_specs=[specs],
         out_specs=[{name: spec for name, (_, _, spec) in shapes.items()}],
         out_shape=[
-            {
-                name: tiles.result(shape, dtype, arrays["x"])
-                for name, (shape, dtype, _) in shapes.items()
-            }
+            {name: result(shape, dtype, arrays["x"]) for name, (shape, dtype, _) in shapes.items()}
         ],
         scratch_shapes=[
             {

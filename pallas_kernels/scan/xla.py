@@ -7,13 +7,13 @@ takes its derivative. Tokens after the last whole chunk are a shorter chunk of t
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.chunks import Part, chunk_loop, chunk_parts
 from pallas_kernels.scan.inputs import (
     Gated,
     Inputs,
@@ -46,12 +46,12 @@ def forward_keeping(options: Options, x: Inputs) -> tuple[Any, ...]:
 
 def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Any, ...]:
     parameters = _by_row(x)
-    parts = _parts(x, options.chunk_size)
+    parts = chunk_parts(x.out.shape[1], options.chunk_size)
     out = _zeros(x, x.out.shape, x.out.dtype)
     count = sum(part.count for part in parts) if keep else 0
     kept = jax.tree.map(lambda s: _zeros(x, (len(s), count, *s.shape[1:]), s.dtype), x.state)
 
-    def step(part: _Part, i: Any, carry: tuple) -> tuple:
+    def step(part: Part, i: Any, carry: tuple) -> tuple:
         state, out, kept = carry
         if keep:
             kept = jax.tree.map(lambda all, one: _put(all, one[:, None], i), kept, state)
@@ -62,7 +62,7 @@ def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Any, ...]:
 
     carry = x.state, out, kept
     for part in parts:
-        carry = _loop(part, functools.partial(step, part), carry)
+        carry = chunk_loop(part, functools.partial(step, part), carry)
     state, out, kept = carry
     return out, state, kept
 
@@ -79,7 +79,7 @@ def backward(options: Options, x: Inputs, kept: Any, d_out: Array, d_state: Any)
     """
     parameters = _by_row(x)
 
-    def step(part: _Part, i: Any, carry: tuple) -> tuple:
+    def step(part: Part, i: Any, carry: tuple) -> tuple:
         d_tokens, d_parameters, d_state = carry
         start = i * part.stride
         tokens, begins = _cut((x.tokens, x.begins), start, part.size)
@@ -92,8 +92,8 @@ def backward(options: Options, x: Inputs, kept: Any, d_out: Array, d_state: Any)
         return d_tokens, jax.tree.map(jnp.add, d_parameters, d_more), d_state
 
     carry = (*jax.tree.map(jnp.zeros_like, (x.tokens, parameters)), d_state)
-    for part in reversed(_parts(x, options.chunk_size)):
-        carry = _loop(part, functools.partial(step, part), carry, backwards=True)
+    for part in reversed(chunk_parts(x.out.shape[1], options.chunk_size)):
+        carry = chunk_loop(part, functools.partial(step, part), carry, backwards=True)
     d_tokens, d_parameters, d_state = carry
 
     def summed(gradient: Array, array: Array) -> Array:
@@ -218,33 +218,6 @@ def _recurrence_backward(residuals: tuple, cotangent: Array) -> tuple[Array, Arr
 
 
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
-
-
-class _Part(NamedTuple):
-    """Consecutive chunks of one size."""
-
-    first: int  # number of the first chunk
-    count: int
-    size: int
-    stride: int  # tokens from one chunk to the next; the same in all parts
-
-
-def _parts(x: Inputs, size: int) -> list[_Part]:
-    whole, rest = divmod(x.out.shape[1], size)
-    parts = (_Part(0, whole, size, size), _Part(whole, 1, rest, size))
-    return [part for part in parts if part.count and part.size]
-
-
-def _loop(
-    part: _Part, step: Callable[[Any, Any], Any], carry: Any, *, backwards: bool = False
-) -> Any:
-    """Calls `step(chunk, carry)` for all chunks of a part."""
-    last = part.first + part.count - 1
-
-    def body(n: Any, carry: Any) -> Any:
-        return step(last - n if backwards else part.first + n, carry)
-
-    return body(0, carry) if part.count == 1 else jax.lax.fori_loop(0, part.count, body, carry)
 
 
 def _cut(arrays: Any, start: Any, size: int) -> Any:

@@ -16,7 +16,8 @@ from jaxtyping import Array
 from pallas_kernels.tiled import tiles
 from pallas_kernels.tiled.inputs import Inputs, unbroadcast
 from pallas_kernels.tiled.scores import Operands
-from pallas_kernels.tiled.tiles import LANES, Tiling
+from pallas_kernels.tiled.tiles import Tiling
+from pallas_kernels.tpu import LANES
 
 
 class Step(NamedTuple):

@@ -17,7 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.tiled.inputs import Inputs, unbroadcast
-from pallas_kernels.tiled.tiles import LANES, Operand, Tiling
+from pallas_kernels.tiled.tiles import Operand, Tiling
+from pallas_kernels.tpu import LANES
 
 
 def by_distance(

@@ -23,14 +23,10 @@ from jaxtyping import Array
 from pallas_kernels.masks import Blocks, Mask
 from pallas_kernels.tiled.inputs import Inputs, Options
 from pallas_kernels.tiled.schedule import Grid, divisor, schedule, split, transposed_schedules
-
-LANES = 128
+from pallas_kernels.tpu import LANES, padded
 
 BUNDLES_OF_A_STEP, BUNDLES_OF_A_ROW = 100, 300
 """What visiting a tile takes besides its scores, and a row of tiles besides its visits, about."""
-
-VMEM_BYTES = 64 * 2**20
-"""What a kernel may take of a core's vector memory: half of it, on v5e and v6e."""
 
 
 class Tiling(NamedTuple):
@@ -464,12 +460,6 @@ def common_blocks(lists: Sequence[Blocks]) -> tuple[int, int]:
     return tuple(math.gcd(*(getattr(x, name) for x in lists)) for name in ("block_q", "block_k"))
 
 
-def result(shape: Sequence[int], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
-    """Returns the type of a kernel's result, which in a shard_map varies as an argument does."""
-    kind = jax.typeof(like).manual_axis_type
-    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
-
-
 def has_scores(x: Inputs) -> bool:
     """Returns whether a bias or a mask has a value for every score, which has to be copied."""
     arrays = [] if x.bias is None else [x.bias]
@@ -480,15 +470,6 @@ def has_scores(x: Inputs) -> bool:
             if d.endswith("ts")
         ]
     return any(array.shape[-2] > 1 and array.shape[-1] > 1 for array in arrays)
-
-
-def padded(array: Array, axis: int, size: int) -> Array:
-    """Fills an axis up with zeros."""
-    if array.shape[axis] == size:
-        return array
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, size - array.shape[axis])
-    return jnp.pad(array, widths)
 
 
 def _four_dimensional(array: Array, dims: str) -> Array:

@@ -19,8 +19,9 @@ from pallas_kernels.tiled import tiles
 from pallas_kernels.tiled.inputs import Inputs, Options, without_hidden
 from pallas_kernels.tiled.schedule import FEWEST, Grid, schedule, split
 from pallas_kernels.tiled.scores import LOG2E, Operands, Scores, dot, parts
-from pallas_kernels.tiled.tiles import LANES, Tiling
+from pallas_kernels.tiled.tiles import Tiling
 from pallas_kernels.tiled.tpu_backward import backward
+from pallas_kernels.tpu import LANES, VMEM_BYTES, result
 
 __all__ = ["backward", "forward", "supports"]
 
@@ -104,13 +105,13 @@ def forward(
             pl.BlockSpec((None, None, None, 1, tiling.rows), lambda b, n, i: (b, n, i, 0, 0)),
         ],
         out_shape=[
-            tiles.result((*query.shape[:3], width), dtype, query),
-            tiles.result((batch, heads, tiling.row_tiles, 1, tiling.rows), jnp.float32, query),
+            result((*query.shape[:3], width), dtype, query),
+            result((batch, heads, tiling.row_tiles, 1, tiling.rows), jnp.float32, query),
         ],
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=tiles.VMEM_BYTES,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
     )(rows, operands.arrays, query, key, value)
     out = jnp.swapaxes(out[:, :, :queries], 1, 2).astype(x.query.dtype)

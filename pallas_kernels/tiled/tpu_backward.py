@@ -28,7 +28,8 @@ from pallas_kernels.tiled.inputs import (
 from pallas_kernels.tiled.schedule import Grid, split, transposed_schedules
 from pallas_kernels.tiled.scores import LOG2E, Operands, Scores, distance, dot, parts
 from pallas_kernels.tiled.sums import Step, Sum
-from pallas_kernels.tiled.tiles import LANES, Tiling
+from pallas_kernels.tiled.tiles import Tiling
+from pallas_kernels.tpu import LANES, VMEM_BYTES, result
 
 TILES = {
     4: {(1024, 1024, 1024, 512): 2250, (512, 512, 512, 512): 2339, (256, 256, 256, 256): 2716},
@@ -218,7 +219,7 @@ def _call(
             {name: specs[name] for name in carried},
         ],
         out_specs=specs,
-        out_shape={name: tiles.result(*shape, x.query) for name, shape in shapes.items()},
+        out_shape={name: result(*shape, x.query) for name, shape in shapes.items()},
         input_output_aliases={
             place + index: sorted(specs).index(name) for index, name in enumerate(sorted(carried))
         },
@@ -228,7 +229,7 @@ def _call(
             dimension_semantics=("arbitrary",) * 3
             if any(total.in_place for total in wanted.values())
             else ("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=tiles.VMEM_BYTES,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
     )(*args, carried)
     if transposed:

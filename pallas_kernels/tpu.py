@@ -1,0 +1,30 @@
+"""What the Pallas kernels for TPU share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+LANES = 128
+"""Columns of a register."""
+
+VMEM_BYTES = 64 * 2**20
+"""What a kernel may take of a core's vector memory: half of it, on v5e and v6e."""
+
+
+def result(shape: Sequence[int], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
+    """Returns the type of a kernel's result, which in a shard_map varies as an argument does."""
+    kind = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
+
+
+def padded(array: Array, axis: int, size: int) -> Array:
+    """Fills an axis up with zeros."""
+    missing = size - array.shape[axis]
+    if not missing:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(array, widths)
