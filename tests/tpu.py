@@ -1,11 +1,13 @@
-"""Programs compiled for TPUs, on a machine that has none."""
+"""Programs for TPUs, compiled and interpreted on a machine that has none."""
 
+import contextlib
 import functools
 import os
 
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,3 +56,18 @@ def compile_for_tpu(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(function).trace(*jax.tree.map(placed, args))
         return traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+@contextlib.contextmanager
+def interpreted(**params):
+    """Runs TPU kernels in Pallas's TPU interpret mode, where races are errors.
+
+    Memory that nothing was written to is NaN, a copy arrives when it is waited for and not before.
+    Wait for results inside.
+    """
+    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", **params)
+    with pltpu.force_tpu_interpret_mode(params):
+        try:
+            yield
+        finally:
+            pltpu.reset_tpu_interpret_mode_state()  # which an exception leaves as it was

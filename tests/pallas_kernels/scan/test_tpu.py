@@ -4,14 +4,11 @@ There memory that nothing was written to is NaN, a copy arrives when it is waite
 before, reads beyond an array's end and races are errors.
 """
 
-import contextlib
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from pallas_kernels.partition import axes
@@ -19,21 +16,9 @@ from pallas_kernels.scan import gated_scan, selective_scan, softmax_scan, tpu
 from tests.numerics import assert_close
 from tests.pallas_kernels.scan.cases import TPU_CASES, Case
 from tests.sharding import mesh, place
+from tests.tpu import interpreted
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "clean_state")
-
-
-@pytest.fixture
-def clean_state():
-    yield
-    pltpu.reset_tpu_interpret_mode_state()  # which an exception leaves as it was
-
-
-@contextlib.contextmanager
-def interpreted(**params):
-    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", **params)
-    with pltpu.force_tpu_interpret_mode(params):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def _kernel(case, arrays, **params):
