@@ -61,6 +61,44 @@ def resolve_implementation(
     return implementation
 
 
+def implemented(
+    name: str,
+    modules: Mapping[str, Any],
+    kernels: Mapping[str, str],
+    implementation: str | None,
+    *static: Any,
+    function: str,
+    **call: object,
+) -> Callable[..., Any]:
+    """Returns the function of this name of the implementation that serves a call.
+
+    Args:
+      name: of the function, such as "forward", in every module.
+      modules: the family's implementations, "xla" among them, each with its `supports`.
+      kernels: the implementation that is the best on a platform, by platform.
+      implementation: the caller's wish; None for a choice by what the call is lowered for.
+      *static: first arguments of the function.
+      function: name of the public function, for messages.
+      **call: what `supports` looks at.
+
+    Raises:
+      NotImplementedError: the named implementation does not support the call.
+    """
+
+    def bound(module: str) -> Callable[..., Any]:
+        return functools.partial(getattr(modules[module], name), *static)
+
+    if implementation is not None:
+        available = {name: module.supports for name, module in modules.items()}
+        return bound(resolve_implementation(implementation, available, function=function, **call))
+    serving = {
+        platform: bound(module)
+        for platform, module in kernels.items()
+        if modules[module].supports(**call) is None
+    }
+    return functools.partial(at_lowering, bound("xla"), serving)
+
+
 _PLATFORMS = ("tpu", "cuda")
 
 _Flat = Callable[..., list[jax.Array]]  # a kernel, from leaves to leaves

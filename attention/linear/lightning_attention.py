@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from attention.catalogue import Mechanism
 from attention.positions import alibi_slopes
-from pallas_kernels.linear import LinearState, linear_attention
+from pallas_kernels.linear import LinearState, init_linear_state, linear_attention
 
 
 def lightning_attention(
@@ -171,8 +171,7 @@ def init_lightning_attention_state(
       dtype: of the inputs to come; the memory is float32, or float64 for float64.
     """
     del max_length, num_kv_heads
-    dtype = jnp.promote_types(dtype, jnp.float32)
-    return LinearState(jnp.zeros((batch, num_heads, head_dim, value_dim), dtype))
+    return init_linear_state(batch, num_heads, head_dim, value_dim, dtype=dtype)
 
 
 def transnormer_slopes(

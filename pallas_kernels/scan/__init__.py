@@ -323,19 +323,16 @@ def _implemented(function: str, options: Options, inputs: Inputs) -> Callable[..
 
     What the forward keeps means the same in all of them.
     """
-    bound = {
-        name: functools.partial(getattr(module, function), options)
-        for name, module in IMPLEMENTATIONS.items()
-        if name == "xla" or name in KERNELS.values()
-    }
-    if options.implementation is not None:
-        return bound[options.implementation]
-    kernels = {
-        platform: bound[name]
-        for platform, name in KERNELS.items()
-        if IMPLEMENTATIONS[name].supports(options=options, inputs=inputs) is None
-    }
-    return functools.partial(choose.at_lowering, bound["xla"], kernels)
+    return choose.implemented(
+        function,
+        IMPLEMENTATIONS,
+        KERNELS,
+        options.implementation,
+        options,
+        function=f"{options.scan}_scan",
+        options=options,
+        inputs=inputs,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

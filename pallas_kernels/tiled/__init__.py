@@ -378,26 +378,17 @@ def _implemented(
     Raises:
       NotImplementedError: the named implementation does not have one of the gradients.
     """
-    call = {"options": options, "inputs": inputs, "gradients": gradients}
-    bound = {
-        name: functools.partial(getattr(module, function), *static)
-        for name, module in IMPLEMENTATIONS.items()
-        if name == "xla" or name in KERNELS.values()
-    }
-    if options.implementation is not None:
-        choose.resolve_implementation(
-            options.implementation,
-            {name: module.supports for name, module in IMPLEMENTATIONS.items()},
-            function="tiled_attention",
-            **call,
-        )
-        return bound[options.implementation]
-    kernels = {
-        platform: bound[name]
-        for platform, name in KERNELS.items()
-        if IMPLEMENTATIONS[name].supports(**call) is None
-    }
-    return functools.partial(choose.at_lowering, bound["xla"], kernels)
+    return choose.implemented(
+        function,
+        IMPLEMENTATIONS,
+        KERNELS,
+        options.implementation,
+        *static,
+        function="tiled_attention",
+        options=options,
+        inputs=inputs,
+        gradients=gradients,
+    )
 
 
 def _attend_forward(options: Options, inputs: Inputs) -> tuple[tuple[Array, Array], tuple]:

@@ -37,9 +37,11 @@ class Sum:
       spec: its BlockSpec.
       scratch: what it needs in VMEM, or None.
       in_place: whether the result of one kernel is what the next one adds to.
+      stays: whether the block of a head stays while its rows of tiles come; else each has its own.
     """
 
     in_place = False
+    stays = False
     scratch: Any = None
 
     def __init__(self, x: Inputs, tiling: Tiling):
@@ -55,17 +57,20 @@ class Sum:
 
     def _by_head(self, *block: int) -> None:
         """Says that the block of a head stays while its rows of tiles come."""
+        self.stays = True
         self.shape = (self.batch, self.heads, *block)
         zeros = (0,) * len(block)
         self.spec = pl.BlockSpec((None, None, *block), lambda b, n, i: (b, n, *zeros))
 
     def begin_head(self, out: Any, scratch: Any) -> None:
         """Starts a head."""
+        if self.stays:
+            out[...] = jnp.zeros_like(out)
 
     def begin_row(self, out: Any, scratch: Any) -> None:
         """Starts a row of tiles."""
-        del scratch
-        out[...] = jnp.zeros_like(out)
+        if not self.stays:
+            out[...] = jnp.zeros_like(out)
 
     def begin_step(self, out: Any, scratch: Any, step: Step) -> None:
         """Starts a tile."""
@@ -130,13 +135,6 @@ class QuerySum(Sum):
         super().__init__(x, tiling)
         self._by_head(count, 1, max(tiling.columns, LANES))
 
-    def begin_head(self, out: Any, scratch: Any) -> None:
-        """Starts a head."""
-        out[...] = jnp.zeros_like(out)
-
-    def begin_row(self, out: Any, scratch: Any) -> None:
-        """Starts a row of tiles."""
-
     def add(self, out: Any, scratch: Any, terms: Array, step: Step, row: int, start: int) -> None:
         """Adds the terms of a part of a tile."""
         sums = jnp.sum(terms, axis=0, keepdims=True)
@@ -157,13 +155,6 @@ class DistanceSum(Sum):
         self._table = operands.table
         self._by_head(*self._table.sums)
         self.scratch = pltpu.VMEM(self._table.band, jnp.float32)
-
-    def begin_head(self, out: Any, scratch: Any) -> None:
-        """Starts a head."""
-        out[...] = jnp.zeros_like(out)
-
-    def begin_row(self, out: Any, scratch: Any) -> None:
-        """Starts a row of tiles."""
 
     def begin_step(self, out: Any, scratch: Any, step: Step) -> None:
         """Starts a tile."""
