@@ -37,10 +37,12 @@ decays of their own.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -51,8 +53,14 @@ from pallas_kernels.linear.inputs import Inputs, Options
 
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 
+KERNELS: dict[str, str] = {}
+"""The kernel that is the best implementation, by platform."""
+
 CHUNK_SIZE = 64
 """Tokens in a chunk of "xla"."""
+
+KEPT = 256
+"""Tokens, about, from one state that is kept for the backward to the next."""
 
 _NAMES = (
     *("query", "key", "value", "log_decay", "beta", "log_momentum", "segment_ids"),
@@ -99,6 +107,7 @@ def linear_attention(
     segment_ids: Int[ArrayLike, "B T"] | None = None,
     initial_state: LinearState | None = None,
     return_state: bool = False,
+    min_log_decay: float | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
     function: str = "linear_attention",
@@ -136,6 +145,8 @@ def linear_attention(
         before begins with an empty memory; equal numbers further apart are different segments.
       initial_state: the state before the first token, whose segment it belongs to; None for zero.
       return_state: whether to return the state after the last token, which is that of its segment.
+      min_log_decay: the caller's word that no log_decay is below this number, by which kernels may
+        take a faster way; None for none. Results are wrong where it is broken.
       chunk_size: tokens that "xla" takes at a time, of no influence on the result but by rounding;
         None for `CHUNK_SIZE`.
       implementation: see `pallas_kernels.choose`.
@@ -185,6 +196,12 @@ def linear_attention(
         chunk_size = CHUNK_SIZE
     elif not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: must be a positive integer or None; got {chunk_size!r}")
+    if min_log_decay is not None:
+        if not isinstance(min_log_decay, int | float) or not min_log_decay <= 0:
+            raise ValueError(
+                f"min_log_decay: must be a number of at most 0, or None; got {min_log_decay!r}"
+            )
+        min_log_decay = float(min_log_decay)
     factor = None
     if not isinstance(scale, int | float | np.number):
         factor, scale = jnp.asarray(scale), 1.0
@@ -202,12 +219,22 @@ def linear_attention(
 
     axes = partition.current_axes()
     epsilon = float(epsilon) if normalize else None
-    options = Options(float(scale), chunk_size, bool(causal), epsilon, feature_map, axes)
+    options = Options(
+        scale=float(scale),
+        chunk_size=chunk_size,
+        kept=max(KEPT // chunk_size, 1) * chunk_size,
+        causal=bool(causal),
+        epsilon=epsilon,
+        feature_map=feature_map,
+        min_log_decay=min_log_decay,
+        axes=axes,
+        implementation=implementation,
+    )
     inputs = Inputs(query, key, value, log_decay, beta, log_momentum, segment_ids, *(None,) * 3)
     if initial_state is not None:
         shapes = inputs.state_shapes(options)
         inputs = inputs._replace(**_checked_state(initial_state, shapes, accumulator))
-    name = choose.resolve_implementation(
+    choose.resolve_implementation(
         implementation,
         {name: module.supports for name, module in IMPLEMENTATIONS.items()},
         function=function,
@@ -215,7 +242,9 @@ def linear_attention(
         inputs=inputs,
     )
     inputs = Inputs(*partition.aligned(inputs, inputs.dims, axes, _NAMES))
-    attend = _defined if name == "reference" else _attend if causal else _attend_to_all
+    attend = _attend if causal else _attend_to_all
+    if implementation == "reference":
+        attend = _defined
     out, *state = attend(options, inputs)
     out = (out if factor is None else factor.astype(accumulator) * out).astype(dtype)
     if not return_state:
@@ -273,37 +302,71 @@ def _differentiated_by_jax(
     return partition.sharded(forward, inputs.dims, outs, options.axes)(*inputs)
 
 
+def _implemented(
+    function: str, options: Options, inputs: Inputs, *static: Any
+) -> Callable[..., Any]:
+    """Returns a function of the implementation that serves a call, with its static arguments.
+
+    What the forward keeps means the same in all of them, so the backward may be of another.
+    """
+    return choose.implemented(
+        function,
+        IMPLEMENTATIONS,
+        KERNELS,
+        options.implementation,
+        options,
+        *static,
+        function="linear_attention",
+        options=options,
+        inputs=inputs,
+    )
+
+
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options: Options, inputs: Inputs) -> tuple[Array, ...]:
-    forward = functools.partial(xla.forward, options)
-    ins = jax.tree.map(lambda dims: dims.replace("+", "b"), inputs.dims)
+    forward = _implemented("forward", options, inputs)
     outs = ("btnv", *inputs.state_dims(options))
-    return partition.partitioned(forward, ins, outs, options.axes)(*inputs)
+    return partition.partitioned(forward, _constant(inputs.dims), outs, options.axes)(*inputs)
 
 
 def _attend_forward(options: Options, inputs: Inputs) -> tuple[tuple[Array, ...], tuple]:
-    forward = functools.partial(xla.forward_keeping, options)
-    ins = jax.tree.map(lambda dims: dims.replace("+", "b"), inputs.dims)
+    # A dict of empty tuples has no leaves: names are static residuals.
+    wanted = {name: () for name, x in inputs._asdict().items() if x is not None and x.perturbed}
+    wanted.pop("runs", None)
+    inputs = jax.custom_derivatives.custom_vjp_primal_tree_values(inputs)
+    forward = _implemented("forward_keeping", options, inputs)
     results = ("btnv", *inputs.state_dims(options))
-    outs = (*results, *("bcnhv",) * xla.kept_count(inputs))
-    outs = partition.partitioned(forward, ins, outs, options.axes)(*inputs)
-    return outs[: len(results)], (inputs, outs[len(results) :])
+    outs = (*results, *inputs.kept_dims(options))
+    outs = partition.partitioned(forward, _constant(inputs.dims), outs, options.axes)(*inputs)
+    return outs[: len(results)], (inputs, outs, wanted)
 
 
 def _attend_backward(options: Options, residuals: tuple, cotangents: tuple) -> tuple[Inputs]:
-    inputs, kept = residuals
-    backward = functools.partial(xla.backward, options)
-    given = {n: d for n, d in zip(Inputs._fields, inputs.dims, strict=True) if d and n != "runs"}
-    ins = (*inputs.dims, *("bcnhv",) * len(kept), "btnv", *inputs.state_dims(options))
-    gradients = partition.partitioned(backward, ins, tuple(given.values()), options.axes)(
-        *inputs, *kept, *cotangents
+    inputs, outs, wanted = residuals
+    kept = outs[len(cotangents) :]
+    cotangents = (
+        jnp.zeros_like(out) if isinstance(cotangent, SymbolicZero) else cotangent
+        for out, cotangent in zip(outs, cotangents, strict=False)
     )
-    gradients = dict(zip(given, gradients, strict=True))
+    names = tuple(wanted)
+    backward = _implemented("backward", options, inputs, names)
+    dims = dict(zip(Inputs._fields, inputs.dims, strict=True))
+    given = (d if n in names else _constant(d) for n, d in dims.items())
+    ins = (*given, *inputs.kept_dims(options), "btnv", *inputs.state_dims(options))
+    gradients = partition.partitioned(
+        backward, ins, tuple(dims[name] for name in names), options.axes
+    )(*inputs, *kept, *cotangents)
+    gradients = dict(zip(names, gradients, strict=True))
     return (Inputs(**dict.fromkeys(Inputs._fields) | gradients),)
 
 
-_attend.__wrapped__.defvjp(_attend_forward, _attend_backward)
+_attend.__wrapped__.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+
+
+def _constant(dims: Any) -> Any:
+    """Returns the dimensions of arrays whose gradients are not wanted."""
+    return jax.tree.map(lambda letters: letters.replace("+", "b"), dims)
 
 
 def _check_combination(

@@ -16,12 +16,18 @@ class Options:
 
     scale: float
     chunk_size: int
+    kept: int
+    """Tokens from one state that is kept for the backward to the next: some chunks."""
     causal: bool
     epsilon: float | None
     """What is added to the sum of keys that divides the output; None to divide by nothing."""
     feature_map: str | None
     """Name in `features.MAPS`, of queries and keys."""
+    min_log_decay: float | None
+    """What the caller says no decay of a token is below."""
     axes: Axes
+    implementation: str | None
+    """None for a choice by what the call is lowered for."""
 
 
 class Inputs(NamedTuple):
@@ -85,6 +91,23 @@ class Inputs(NamedTuple):
     def state_dims(self, options: Options) -> tuple[str, ...]:
         """Names the dimensions of the state, as in `partition`."""
         return tuple("bnhv"[: len(shape)] for shape in self.state_shapes(options).values())
+
+    def kept_shapes(self, options: Options) -> tuple[tuple[int, ...], ...]:
+        """Returns the shapes of the states that are kept."""
+        count = -(-self.query.shape[1] // options.kept)
+        return tuple((batch, count, *rest) for batch, *rest in self.state_shapes(options).values())
+
+    def kept_dims(self, options: Options) -> tuple[str, ...]:
+        """Names their dimensions."""
+        return tuple(f"{dims[0]}c{dims[1:]}" for dims in self.state_dims(options))
+
+    @property
+    def precision(self) -> jnp.dtype:
+        """Returns the dtype of products, and of the states that are kept.
+
+        It is the query's, but the sums of many overflow float16.
+        """
+        return jnp.dtype(jnp.float32 if self.query.dtype == jnp.float16 else self.query.dtype)
 
     def initial_state(self, options: Options) -> dict[str, Array]:
         """Returns the state before the first token, by name."""

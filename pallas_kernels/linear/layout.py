@@ -45,18 +45,13 @@ class Tokens(NamedTuple):
         query, value, *numbers = map(grouped, (x.query, x.value, log_decay, x.beta, x.log_momentum))
         return cls(query, x.key, value, *numbers)
 
-    @property
-    def precision(self) -> DTypeLike:
-        """Returns the dtype of products: the query's, but the sums of many overflow float16."""
-        return jnp.float32 if self.query.dtype == jnp.float16 else self.query.dtype
-
     def given(self) -> dict[str, Array]:
         """Returns the arrays that there are, by name."""
         return {name: array for name, array in self._asdict().items() if array is not None}
 
-    def cut(self, start: Any, size: int) -> "Tokens":
+    def cut(self, start: Any, size: int, precision: DTypeLike) -> "Tokens":
         """Cuts out a chunk; numbers are of the accumulators' dtype."""
-        dtypes = (self.precision,) * 3 + (jnp.promote_types(self.precision, jnp.float32),) * 3
+        dtypes = (precision,) * 3 + (jnp.promote_types(precision, jnp.float32),) * 3
         chunk = (
             None if array is None else cut(array, start, size, dtype)
             for array, dtype in zip(self, dtypes, strict=True)

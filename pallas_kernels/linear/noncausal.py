@@ -30,7 +30,7 @@ def forward(options: Options, *inputs: Array | None) -> tuple[Array, ...]:
     """Returns the output in the dtype of the query, and the state: that of the last segment."""
     x = Inputs(*inputs)
     tokens = Tokens.of(x)
-    query, key, value = (a.astype(tokens.precision) for a in tokens[:3])
+    query, key, value = (a.astype(x.precision) for a in tokens[:3])
     key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
     if options.epsilon is not None:
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)

@@ -1,11 +1,13 @@
 """Linear attention in plain JAX: a loop over chunks of tokens, on any platform.
 
 What a chunk does is in `gates`, and for the delta rule in `delta`. The forward keeps the memory
-before each chunk for the backward, which walks over the chunks from the last to the first and takes
-the derivative of one at a time. Tokens after the last whole chunk are a shorter chunk of their own.
+before each span of some chunks for the backward, which walks over spans and chunks from the last to
+the first: it computes the memories before the chunks of a span again, and takes the derivative of
+one chunk at a time. Tokens after the last whole chunk are a shorter chunk of their own.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,99 +35,129 @@ def supports(**call: object) -> str | None:
 
 def forward(options: Options, *inputs: Array | None) -> tuple[Array, ...]:
     """Returns the output in the dtype of the query, and the state after the last token."""
-    out, memories, _ = _forward(options, Inputs(*inputs), keep=False)
-    return out, *unpacked(options, memories)
+    return _forward(options, Inputs(*inputs), ())
 
 
 def forward_keeping(options: Options, *inputs: Array | None) -> tuple[Array, ...]:
-    """Returns, too, what the backward needs: the memories before each chunk."""
-    out, memories, kept = _forward(options, Inputs(*inputs), keep=True)
-    return out, *unpacked(options, memories), *kept
+    """Returns, too, what the backward needs: the states before each span."""
+    x = Inputs(*inputs)
+    kept = (_zeros(x, shape, x.precision) for shape in x.kept_shapes(options))
+    return _forward(options, x, tuple(kept))
 
 
-def kept_count(x: Inputs) -> int:
-    """Returns how many arrays `forward_keeping` adds, each [B, chunks, M, _, _]."""
-    return 1 if x.log_momentum is None else 2
-
-
-def _forward(
-    options: Options, x: Inputs, *, keep: bool
-) -> tuple[Array, gates.Memories, tuple[Array, ...]]:
+def _forward(options: Options, x: Inputs, kept: tuple[Array, ...]) -> tuple[Array, ...]:
     tokens = Tokens.of(x)
     batch, count, groups = tokens.query.shape[:3]
     memories = packed(options, x, x.initial_state(options))
-    parts = chunk_parts(count, options.chunk_size)
-    chunks = sum(part.count for part in parts) if keep else 0
-    kept = tuple(_zeros(x, (batch, chunks, *m.shape[1:]), tokens.precision) for m in memories)
     out = _zeros(x, (batch, count, groups, x.heads // groups, x.value.shape[3]), x.query.dtype)
     slope = _zeros(x, memories[0].shape[:3], x.accumulator)
+    chunk = _chunk_maker(options, x)
 
-    def step(part: Part, constants: gates.Weights | None, i: Any, carry: tuple) -> tuple:
+    def step(begin: Any, part: Part, i: Any, carry: tuple) -> tuple:
+        memories, out = carry
+        start = begin + i * part.stride
+        chunk_tokens = tokens.cut(start, part.size, x.precision)
+        chunk_out, memories = chunk(start, part.size)(slope, memories, chunk_tokens)
+        return memories, put(out, chunk_out, start)
+
+    def span(part: Part, i: Any, carry: tuple) -> tuple:
         memories, out, kept = carry
-        start = i * part.stride
-        if keep:
-            kept = tuple(
-                jax.lax.dynamic_update_slice_in_dim(all_, m[:, None].astype(all_.dtype), i, axis=1)
-                for all_, m in zip(kept, memories, strict=True)
-            )
-        attend = functools.partial(_chunk, options, constants, _segments(x, start, part.size))
-        chunk_out, memories = attend(slope, memories, tokens.cut(start, part.size))
-        return memories, put(out, chunk_out, start), kept
+        states = unpacked(options, memories) if kept else ()
+        kept = tuple(
+            jax.lax.dynamic_update_slice_in_dim(all_, state[:, None].astype(all_.dtype), i, axis=1)
+            for all_, state in zip(kept, states, strict=True)
+        )
+        carry = memories, out
+        for chunks in chunk_parts(part.size, options.chunk_size):
+            carry = chunk_loop(chunks, functools.partial(step, i * part.stride, chunks), carry)
+        return *carry, kept
 
     carry = memories, out, kept
-    for part in parts:
-        constants = gates.constant_weights(x, part.size)
-        carry = chunk_loop(part, functools.partial(step, part, constants), carry)
+    for part in chunk_parts(count, options.kept):
+        carry = chunk_loop(part, functools.partial(span, part), carry)
     memories, out, kept = carry
-    kept = tuple(m.reshape(batch, chunks, x.heads, *m.shape[4:]) for m in kept)
-    return out.reshape(batch, count, x.heads, -1), memories, kept
+    return out.reshape(batch, count, x.heads, -1), *unpacked(options, memories), *kept
 
 
-def backward(options: Options, *arguments: Array | None) -> tuple[Array, ...]:
-    """Returns the gradients of the inputs that are given, but for runs.
+def backward(options: Options, names: Sequence[str], *arguments: Array | None) -> tuple[Array, ...]:
+    """Returns the gradients of the inputs with these names.
 
     Args:
       options: as for the forward.
-      *arguments: the inputs, the memories that `forward_keeping` adds, and the cotangents of the
+      names: of fields of `Inputs`.
+      *arguments: the inputs, the states that `forward_keeping` adds, and the cotangents of the
         output and of the last state.
     """
     count = len(Inputs._fields)
     x, rest = Inputs(*arguments[:count]), arguments[count:]
     tokens, groups = Tokens.of(x), group_count(x)
-    kept = tuple(grouped(memories, 2, groups) for memories in rest[: kept_count(x)])
-    d_out, *d_state = rest[kept_count(x) :]
+    state = tuple(x.state_shapes(options))
+    kept, d_out, d_state = rest[: len(state)], rest[len(state)], rest[len(state) + 1 :]
     d_out = grouped(d_out, 2, groups)
-    names = x.state_shapes(options)
-    d_memories = packed(options, x, dict(zip(names, d_state, strict=True)))
+    d_memories = packed(options, x, dict(zip(state, d_state, strict=True)))
     slope = _zeros(x, d_memories[0].shape[:3], x.accumulator)
+    size = options.chunk_size
+    chunk = _chunk_maker(options, x)
 
-    def step(part: Part, constants: gates.Weights | None, i: Any, carry: tuple) -> tuple:
-        d_tokens, d_memories, d_slope = carry
-        start = i * part.stride
-        memories = tuple(
-            jax.lax.dynamic_index_in_dim(all_, i, 1, keepdims=False).astype(x.accumulator)
-            for all_ in kept
+    def again(begin: Any, i: Any, befores: tuple[Array, ...]) -> tuple[Array, ...]:
+        memories = tuple(jax.lax.dynamic_index_in_dim(m, i, keepdims=False) for m in befores)
+        start = begin + i * size
+        chunk_tokens = tokens.cut(start, size, x.precision)
+        _, memories = chunk(start, size)(slope, memories, chunk_tokens)
+        return tuple(
+            jax.lax.dynamic_update_index_in_dim(all_, m, i + 1, axis=0)
+            for all_, m in zip(befores, memories, strict=True)
         )
-        attend = functools.partial(_chunk, options, constants, _segments(x, start, part.size))
-        _, transpose = jax.vjp(attend, slope, memories, tokens.cut(start, part.size))
+
+    def step(begin: Any, befores: tuple[Array, ...], part: Part, i: Any, carry: tuple) -> tuple:
+        d_tokens, d_memories, d_slope = carry
+        start = begin + i * part.stride
+        memories = tuple(jax.lax.dynamic_index_in_dim(m, i, keepdims=False) for m in befores)
+        chunk_tokens = tokens.cut(start, part.size, x.precision)
+        _, transpose = jax.vjp(chunk(start, part.size), slope, memories, chunk_tokens)
         d_chunk_out = cut(d_out, start, part.size, x.accumulator)
         d_chunk_slope, d_memories, d_chunk = transpose((d_chunk_out, d_memories))
         return d_tokens.put(d_chunk, start), d_memories, d_slope + d_chunk_slope
 
+    def span(part: Part, i: Any, carry: tuple) -> tuple:
+        begin = i * part.stride
+        states = (jax.lax.dynamic_index_in_dim(m, i, 1, keepdims=False) for m in kept)
+        states = (m.astype(x.accumulator) for m in states)
+        memories = packed(options, x, dict(zip(state, states, strict=True)))
+        count = -(-part.size // size)
+        befores = tuple(jnp.pad(m[None], ((0, count - 1),) + ((0, 0),) * m.ndim) for m in memories)
+        if count > 1:
+            whole = Part(0, count - 1, size, size)
+            befores = chunk_loop(whole, functools.partial(again, begin), befores)
+        for chunks in reversed(chunk_parts(part.size, size)):
+            one = functools.partial(step, begin, befores, chunks)
+            carry = chunk_loop(chunks, one, carry, backwards=True)
+        return carry
+
     carry = jax.tree.map(jnp.zeros_like, tokens), d_memories, slope
-    for part in reversed(chunk_parts(x.query.shape[1], options.chunk_size)):
-        constants = gates.constant_weights(x, part.size)
-        carry = chunk_loop(part, functools.partial(step, part, constants), carry, backwards=True)
+    for part in reversed(chunk_parts(x.query.shape[1], options.kept)):
+        carry = chunk_loop(part, functools.partial(span, part), carry, backwards=True)
     d_tokens, d_memories, d_slope = carry
 
-    d_state = dict(zip(names, unpacked(options, d_memories), strict=True))
+    d_state = dict(zip(state, unpacked(options, d_memories), strict=True))
     d_slope = d_slope.reshape(d_slope.shape[0], -1)
     gradients = dict(log_decay=d_slope) | d_state | d_tokens.given()
     return tuple(
         _unbroadcast(gradients[name].reshape(-1, *given.shape[1:]), given)
-        for name, given in zip(Inputs._fields, x, strict=True)
-        if given is not None and name != "runs"
+        for name, given in ((name, getattr(x, name)) for name in names)
     )
+
+
+def _chunk_maker(options: Options, x: Inputs) -> Callable[[Any, int], Callable[..., Any]]:
+    """Returns a function of a chunk's first token and size to its function, see `_chunk`."""
+    parts = chunk_parts(x.query.shape[1], options.chunk_size)
+    # Made once, outside of all loops.
+    constants = {part.size: gates.constant_weights(x, part.size) for part in parts}
+
+    def make(start: Any, size: int) -> Callable[..., Any]:
+        return functools.partial(_chunk, options, constants[size], _segments(x, start, size))
+
+    return make
 
 
 def _chunk(
