@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import glob
 import importlib.util
-import itertools
 import math
 import multiprocessing
 import os
@@ -26,26 +25,22 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import tyro
 from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments.benchmark.bundles import read_code
 from experiments.benchmark.table import Report, progress, show
 from experiments.errors import NO_TPU, ExperimentError, run_command
 
 # Elements of the square of weights by which a matrix unit multiplies a row in one bundle.
 WEIGHTS = {"v4": 128**2, "v5e": 128**2, "v5p": 128**2, "v6e": 256**2, "tpu7x": 256**2}
 LOG = "stderr.log"
-DELAY_SLOTS = 4
-"""Bundles after a branch that are executed whether it is taken or not."""
-
-# A bundle is a line with its address and what the address marks: loop header, body or exit, start
-# or fallthrough of a predicated region, any other target of a jump.
-_BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:")
 _ENVIRONMENT = NO_TPU | {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process stops at libtpu's lock file
 }
@@ -98,6 +93,14 @@ class Schedule:
     """Those of the whole kernel."""
     grid_steps: int | None
     """None if the traced function does not tell."""
+    hot_runs: float | None
+    """Passes through the hot block in a grid step; None if it cannot be told."""
+    step_bundles: float | None
+    """Bundles that a grid step runs in all, loops as often as they run; None likewise."""
+    apart: int
+    """Bundles that are not in them, as only one step runs them, such as the first of a row."""
+    operand_bytes: int | None
+    """Of operands and results, each counted once; None as `grid_steps`."""
     scores: int | None = None
     """Scores that one pass through the hot block computes."""
 
@@ -113,8 +116,21 @@ class Compiled:
     seconds: float
     """From the function to the executable."""
     temporary_bytes: int
+    bytes_per_bundle: float
+    """That the TPU's memory moves in the time of a bundle."""
     schedules: tuple[Schedule, ...] = ()
     """Empty if they were not asked for."""
+
+
+class NotSupported(ExperimentError):
+    """A case that its implementation refuses."""
+
+
+class Call(NamedTuple):
+    """What a traced function says of a `pallas_call`."""
+
+    grid_steps: int | None
+    operand_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -228,6 +244,7 @@ def compile_case(cases: Path, name: str, topology: str, *, schedules: bool = Tru
       schedules: whether to read schedules; writing them takes time too.
 
     Raises:
+      NotSupported: if its implementation refuses it.
       ExperimentError: if it does not compile, or there is no compiler.
     """
     check_compiler(topology)
@@ -237,20 +254,20 @@ def compile_case(cases: Path, name: str, topology: str, *, schedules: bool = Tru
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as child:
             try:
-                compiled, steps, works = child.submit(
+                compiled, calls, works = child.submit(
                     _compile, cases, name, topology, dump, schedules
                 ).result()
             except BrokenProcessPool:
                 said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
                 raise ExperimentError(f"{name}: the compiler died: {said[-1]}") from None
-        found = read_schedules(dump, steps) if schedules else []
+        found = read_schedules(dump, calls) if schedules else []
     if works is not None:
         found = [
             with_scores(schedule, works[schedule.kernel], WEIGHTS[chip_of(topology)])
             for schedule in found
             if schedule.kernel in works
         ]
-    missing = set(works or ()) - {schedule.kernel for schedule in found}
+    missing = set(calls if works is None else works) - {schedule.kernel for schedule in found}
     if schedules and (missing or not found):
         listed = ", ".join(sorted(missing)) or "of any name"
         raise ExperimentError(f"{name}: the compiler reports no kernel {listed}")
@@ -259,7 +276,7 @@ def compile_case(cases: Path, name: str, topology: str, *, schedules: bool = Tru
 
 def _compile(
     cases: Path, name: str, topology: str, dump: Path, schedules: bool
-) -> tuple[dict[str, Any], dict[str, int | None], dict[str, Work] | None]:
+) -> tuple[dict[str, Any], dict[str, Call], dict[str, Work] | None]:
     """Runs in the child: compiles, with the compiler's reports written to `dump`."""
     flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
     os.environ.update(_ENVIRONMENT)
@@ -281,55 +298,70 @@ def _compile(
         began = time.perf_counter()
         # Some rules of lowering ask which TPU it is.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            traced = jax.jit(case.function).trace(*arguments)
+            try:
+                traced = jax.jit(case.function).trace(*arguments)
+            except NotImplementedError as error:
+                raise NotSupported(f"{name} is not supported: {error}") from None
+            tpu = pltpu.get_tpu_info()
             lowered = traced.lower(lowering_platforms=("tpu",))
         compiled = lowered.compile()
         seconds = time.perf_counter() - began
+    except NotSupported:
+        raise
     except Exception as error:
         reason = textwrap.shorten(str(error), 400) or type(error).__name__
         raise ExperimentError(f"{name} does not compile for {topology}: {reason}") from None
-    memory = compiled.memory_analysis().temp_size_in_bytes
+    bundles_per_second = tpu.bf16_ops_per_second / (2 * tpu.num_mxus * tpu.mxu_column_size**2)
+    found = {
+        "seconds": seconds,
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "bytes_per_bundle": tpu.mem_bw_bytes_per_second / bundles_per_second,
+    }
     works = None if case.kernels is None else dict(case.kernels)
     # A primitive that becomes a kernel when it is lowered hides it: then the case names it.
-    steps = dict.fromkeys(works or ()) | grid_steps(traced.jaxpr)
-    return {"seconds": seconds, "temporary_bytes": memory}, steps, works
+    calls = dict.fromkeys(works or (), Call(None, None)) | pallas_calls(traced.jaxpr)
+    return found, calls, works
 
 
-def grid_steps(jaxpr: Any) -> dict[str, int | None]:
-    """Returns the number of grid steps of every `pallas_call` in a jaxpr, by its name."""
-    steps = {}
+def pallas_calls(jaxpr: Any, function: str = "") -> dict[str, Call]:
+    """Returns every `pallas_call` in a jaxpr, by its name, or that of the function it is in."""
+    calls = {}
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name = str(equation.params.get("name") or function)
         if equation.primitive.name == "pallas_call":
             grid = equation.params["grid_mapping"].grid
             static = all(isinstance(size, int) for size in grid)
-            steps[str(equation.params["name"])] = math.prod(grid) if static else None
+            avals = [x.aval for x in (*equation.invars, *equation.outvars)]
+            size = sum(aval.size * aval.dtype.itemsize for aval in avals)
+            calls[name] = Call(math.prod(grid) if static else None, size)
+            continue
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_has_equations):
             if _has_equations(inner):
-                steps |= grid_steps(inner)
-    return steps
+                calls |= pallas_calls(inner, name)
+    return calls
 
 
 def _has_equations(value: Any) -> bool:
     return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
-def read_schedules(dump: Path, steps: Mapping[str, int | None]) -> list[Schedule]:
-    """Reads the compiler's reports on kernels whose grid steps are given by name."""
+def read_schedules(dump: Path, calls: Mapping[str, Call]) -> list[Schedule]:
+    """Reads the compiler's reports on kernels that are given by name."""
     found = []
     for path in sorted(dump.glob("*-final_bundles.txt")):
         named = re.fullmatch(r"(\d+-(.+?)(?:\.\d+)?)-\d+-final_bundles", path.stem)
-        if named is None or named[2] not in steps:
+        if named is None or named[2] not in calls:
             continue
         (table,) = dump.glob(
             f"{glob.escape(named[1])}-*-final_hlo-static-per-bundle-utilization.txt"
         )
         with path.open(errors="replace") as bundles, table.open() as issues:
-            found.append(read_schedule(named[2], bundles, issues, steps[named[2]]))
+            found.append(read_schedule(named[2], bundles, issues, calls[named[2]]))
     return found
 
 
 def read_schedule(
-    kernel: str, bundles: Iterable[str], issues: Iterable[str], steps: int | None
+    kernel: str, bundles: Iterable[str], issues: Iterable[str], call: Call
 ) -> Schedule:
     """Reads the schedule of one kernel.
 
@@ -337,13 +369,14 @@ def read_schedule(
       kernel: its name.
       bundles: lines of the report of its bundles.
       issues: lines of the report of how many slots each bundle fills.
-      steps: its number of grid steps.
+      call: its `pallas_call`.
     """
     columns, capacity, rows = _read_issues(issues)
-    blocks = basic_blocks(bundles)
-    if blocks[-1].stop != len(rows):
+    code = read_code(bundles)
+    bundles = code.blocks[-1].stop
+    if bundles != len(rows):
         raise ExperimentError(
-            f"{kernel}: the compiler's reports do not agree: {blocks[-1].stop} bundles, of "
+            f"{kernel}: the compiler's reports do not agree: {bundles} bundles, of "
             f"{len(rows)} of which the slots are known"
         )
     filled = {name: rows[:, i] for i, name in enumerate(columns)}
@@ -354,6 +387,7 @@ def read_schedule(
     def spilled(block: range) -> int:
         return count("VSTORE:SPILL", block) + count("VLOAD:FILL", block)
 
+    blocks = [b for b in code.blocks if b.start not in code.apart]
     # Tiles that need the mask and tiles that do not have a block each, with the same products.
     most = max(count("MATMUL", block) for block in blocks)
     if most:
@@ -361,6 +395,7 @@ def read_schedule(
         hot, *twins = sorted(alike, key=len)
     else:
         hot, twins = max(blocks, key=len), []
+    runs = code.runs(call.grid_steps)
     return Schedule(
         kernel=kernel,
         bundles=len(rows),
@@ -375,7 +410,11 @@ def read_schedule(
         },
         hot_spills=spilled(hot),
         spills=spilled(range(len(rows))),
-        grid_steps=steps,
+        grid_steps=call.grid_steps,
+        hot_runs=None if runs is None else float(runs[hot.start]),
+        step_bundles=None if runs is None else float(runs.sum()),
+        apart=len(code.apart),
+        operand_bytes=call.operand_bytes,
     )
 
 
@@ -386,22 +425,6 @@ def _read_issues(lines: Iterable[str]) -> tuple[list[str], list[int], np.ndarray
     columns = [name.strip() for name in next(line for line in lines if "," in line).split(",")]
     rows = np.array([line.split() for line in numbers], int)
     return columns, rows[0].tolist(), rows[1:]
-
-
-def basic_blocks(lines: Iterable[str]) -> list[range]:
-    """Returns the bundles of each basic block, from the lines of the report of bundles."""
-    starts, count = {0}, 0
-    for line in lines:
-        bundle = _BUNDLE.match(line)
-        if not bundle:
-            continue
-        if bundle[1]:
-            starts.add(count)
-        if "sbr.rel" in line:
-            starts.add(count + DELAY_SLOTS + 1)
-        count += 1
-    ends = sorted(start for start in starts if start < count)
-    return [range(*block) for block in itertools.pairwise([*ends, count])]
 
 
 def with_scores(schedule: Schedule, work: Work, weights: int) -> Schedule:

@@ -8,11 +8,14 @@ import sys
 
 import tyro
 
-from experiments.benchmark import tiled
+from experiments.benchmark import linear, tiled
 from experiments.benchmark.table import Report, show
 from experiments.errors import USAGE, ExperimentError, run_command
 
-FAMILIES = {"tiled": ("online-softmax attention over tiles", tiled.REPORTS)}
+FAMILIES = {
+    "tiled": ("online-softmax attention over tiles", tiled.REPORTS),
+    "linear": ("linear attention and scans", linear.REPORTS),
+}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as jax_splash
 from jaxtyping import Array
 
+from experiments.benchmark.measure import gradient
 from experiments.compile_report import Case, Work
 from pallas_kernels import masks
 from pallas_kernels.tiled import IMPLEMENTATIONS, tiled_attention
@@ -49,15 +50,6 @@ def cases() -> dict[str, Case | str]:
         for kernels in (_ours, _jax, _tokamax)
         for name, case in kernels(direction, mask == "causal").items()
     }
-
-
-def gradient(attention: Attention) -> Callable[..., Any]:
-    """Returns the function that gives the gradients of query, key and value."""
-
-    def loss(*arrays: Array) -> Array:
-        return jnp.sum(attention(*arrays).astype(jnp.float32))
-
-    return jax.grad(loss, argnums=(0, 1, 2))
 
 
 def our_case(direction: str, **options: Any) -> Case | str:
@@ -151,5 +143,5 @@ def _tokamax(direction: str, causal: bool) -> dict[str, Case | str]:
 def _case(
     direction: str, attention: Attention, shape: tuple[int, ...], kernels: dict[str, Work]
 ) -> Case:
-    function = attention if direction == "forward" else gradient(attention)
+    function = attention if direction == "forward" else gradient(attention, range(3))
     return Case(function, (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * 3, kernels)

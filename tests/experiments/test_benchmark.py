@@ -1,7 +1,9 @@
 """The benchmark command and the reports on static TPU schedules."""
 
+import dataclasses
 import functools
 import importlib.util
+import inspect
 import json
 import signal
 import sys
@@ -10,34 +12,61 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tyro
 
 from experiments import compile_report
 from experiments.benchmark import __main__ as benchmark
-from experiments.benchmark import tiled, tiled_cases, tiled_features
+from experiments.benchmark import (
+    linear,
+    linear_cases,
+    linear_variants,
+    measure,
+    tiled,
+    tiled_cases,
+    tiled_features,
+)
+from experiments.benchmark.bundles import Loop, read_code
 from experiments.benchmark.table import Report, markdown, show
-from experiments.compile_report import Work, basic_blocks, read_schedule
+from experiments.compile_report import Call, NotSupported, Work, read_schedule
 from experiments.errors import ExperimentError
+from pallas_kernels.linear import linear_attention
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which is for Linux x86-64"
 )
 
-# A product of 256 x 128 x 128 in two grid steps, beside a case that is not there, one that does not
-# compile, and one without a kernel of ours.
+# A product of 256 x 128 x 128 in two grid steps, with a loop after it and something that only the
+# first step does, beside a case that is not there, one that its
+# implementation refuses, one that does not compile, and one without a kernel of ours.
 CASES = """
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from experiments.compile_report import Case, Work
 
 X, Y = (jax.ShapeDtypeStruct((n, 128), jnp.bfloat16) for n in (256, 128))
 
 
-def kernel(x, y, out):
-    out[...] = jnp.dot(x[...], y[...], preferred_element_type=jnp.float32)
+def refused(x):
+    raise NotImplementedError("it has no such feature")
+
+
+def kernel(x, y, out, scratch):
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        scratch[...] = y[...] * y[...]
+
+    out[...] = jnp.dot(x[...], scratch[...], preferred_element_type=jnp.float32)
+
+    def row(i, carry):
+        out[pl.ds(i, 1)] = jnp.exp(out[pl.ds(i, 1)]) + carry
+        return carry + 1
+
+    jax.lax.fori_loop(0, 128, row, 0.0)
 
 
 @jax.jit
@@ -49,6 +78,7 @@ def product(x, y):
         in_specs=[block, pl.BlockSpec((128, 128), lambda i: (0, 0))],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        scratch_shapes=[pltpu.VMEM((128, 128), jnp.bfloat16)],
         name="product",
     )(x, y)
 
@@ -57,6 +87,7 @@ def cases():
     return {
         "product": Case(product, (X, Y), {"product": Work(1, 128)}),
         "missing": "not available",
+        "refused": Case(refused, (X,), {"product": Work(1, 128)}),
         "wrong": Case(jnp.matmul, (Y, X)),
         "plain": Case(jnp.matmul, (X, Y), {"product": Work(1, 128)}),
     }
@@ -99,6 +130,32 @@ MATMUL, VLOAD:FILL, VSTORE:SPILL, VALU
 """
 
 
+# The bundles of a loop in the one over grid steps, and of three branches, with an index that is
+# spilled; {} stands for the four after a branch.
+LOOPS = """\
+: { %s1_s1 = smov.u32 0 /* copy for cssa */ }
+LB: > { %s2_s2 = sphi %s1_s1, %s3_s3 /* iteration index, stage = 1 */ } /* Start region 5 */
+: > { %9 = sst [smem:[#allocation7_spill]] %s2_s2 ;; %p9_p9 = scmp.ne.s32.totalorder %s8_s8, 1 }
+: > { %s3_s3 = sadd.s32 1, %s2_s2 ;; %p1_p1 = scmp.ge.s32.totalorder %s3_s3, 6 /* exit test */ }
+: > { %10 = sbr.rel (%p7_p7) target = $region8 ;; %p7_p7 = scmp.eq.s32.totalorder %s2_s2, 0 }
+{}
+LB: >> { %s5_s5 = sphi %s4_s4, %s6_s6 ;; %s4_s4 = smov.u32 2 } /* Start region 6 */
+: >> { %s6_s6 = sadd.s32 4, %s5_s5 ;; %p2_p2 = scmp.ge.s32.totalorder (%p1_p1), %s6_s6, 10 }
+: >> { %11 = sbr.rel (!%p2_p2) target = $region6 }
+{}
+: > { %s7_s7 = sld [smem:[#allocation7_spill]] ;; %p3_p3 = scmp.ne.s32.totalorder %s7_s7, 0 }
+: > { %12 = sbr.rel (%p4_p4) target = $region7 ;; %p4_p4 = por %p9_p9, %p3_p3 }
+{}
+: > { %v1_v1 = vld [vmem:[%s7_s7] sm:$0xff] }
+PF: > { %13 = sbr.rel (%p9_p9) target = $region8 } /* Start/End empty region 7 */
+{}
+: > { %v2_v2 = vld [vmem:[%s7_s7] sm:$0xff] }
+PF: > { %14 = sbr.rel (!%p1_p1) target = $region5 } /* Start region 8 */
+{}
+: { %15 = vsyncpa [#allocation5], 1 }
+""".replace("\n{}", "\n: {}" * 4)
+
+
 @pytest.fixture(scope="module")
 def cases_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("cases") / "cases.py"
@@ -108,28 +165,45 @@ def cases_file(tmp_path_factory):
 
 def test_schedule_of_a_dump():
     lines = BUNDLES.splitlines()
-    assert basic_blocks(lines) == [range(0, 1), range(1, 7), range(7, 9), range(9, 10)]
-    schedule = read_schedule("product", lines, ISSUES.splitlines(), steps=2)
+    assert read_code(lines).blocks == [range(0, 1), range(1, 7), range(7, 9), range(9, 10)]
+    schedule = read_schedule("product", lines, ISSUES.splitlines(), Call(2, 100))
     assert (schedule.bundles, schedule.hot_bundles, schedule.twins) == (10, 2, (6,))
     assert (schedule.matrix_issues, schedule.matrix_slots) == (5, 4)
     assert (schedule.hot_spills, schedule.spills, schedule.grid_steps) == (3, 6, 2)
     assert schedule.slots == {"MATMUL": 5 / 8, "VLOAD:FILL": 2 / 6, "VSTORE:SPILL": 1 / 2}
 
 
+def test_how_often_bundles_run():
+    def code(text):
+        return read_code(f"{at:#x} {line}" for at, line in enumerate(text.splitlines()))
+
+    found = code(LOOPS)
+    # The kernel's goes from 2 to 10 by 4; the grid's has two passes more than there are steps.
+    assert found.loops == [Loop(range(9, 16), 2), Loop(range(1, 34), 6)]
+    # Neither what the first step skips stands apart, nor what other values decide.
+    assert found.apart == [22]
+    runs = [0.25] + [1.0] * 8 + [2.0] * 7 + [1.0] * 6 + [0.0] + [1.0] * 11 + [0.25]
+    assert found.runs(4).tolist() == runs
+    assert found.runs(1)[[0, 1, 9, 22, 34]].tolist() == [1, 6, 12, 0, 1]
+    assert found.runs(None) is None
+    unknown = code(LOOPS.replace("%s6_s6, 10", "%s6_s6, %s8_s8"))
+    assert unknown.loops[0].passes is None and unknown.runs(4) is None
+
+
 def test_reports_that_do_not_agree():
     with pytest.raises(ExperimentError, match=r"product: .* 9 bundles, of 10 of which the slots"):
-        read_schedule("product", BUNDLES.splitlines()[:-1], ISSUES.splitlines(), steps=2)
+        read_schedule("product", BUNDLES.splitlines()[:-1], ISSUES.splitlines(), Call(2, 100))
 
 
 def test_a_kernel_without_products_has_its_longest_block_as_the_hot_one():
     issues = [line[:1].replace("3", "0") + line[1:] for line in ISSUES.splitlines()]
     issues = issues[:4] + ["0 0 0 0"] * 10
-    schedule = read_schedule("copy", BUNDLES.splitlines(), issues, steps=None)
+    schedule = read_schedule("copy", BUNDLES.splitlines(), issues, Call(None, None))
     assert (schedule.hot_bundles, schedule.matrix_issues, schedule.twins) == (6, 0, ())
 
 
 def test_scores_are_given_or_taken_from_the_matrix_issues():
-    schedule = read_schedule("product", BUNDLES.splitlines(), ISSUES.splitlines(), steps=2)
+    schedule = read_schedule("product", BUNDLES.splitlines(), ISSUES.splitlines(), Call(2, 100))
     given = compile_report.with_scores(schedule, Work(2, 128, scores=100), 128**2)
     assert given.scores == 100 and given.per_scores(given.hot_bundles, 1000) == 20
     # 5 issues of 128 x 128 multiplications make 320 scores by two products of 128 features.
@@ -147,6 +221,11 @@ def test_a_kernel_compiled_for_tpu(cases_file):
     assert schedule.matrix_slots == 4 and 0 < schedule.matrix_issues <= 4 * schedule.hot_bundles
     assert schedule.slots["MATMUL"] == schedule.matrix_issues / (4 * schedule.hot_bundles)
     assert schedule.spills == 0 and schedule.scores > 0
+    # The product runs once in a grid step, and the loop, of a few bundles, 128 times.
+    assert schedule.hot_runs == 1 and 5 * 128 < schedule.step_bundles < 50 * 128
+    assert 0 < schedule.apart < schedule.bundles / 2
+    assert schedule.operand_bytes == 2 * (256 + 128) * 128 + 4 * 256 * 128
+    assert compiled.bytes_per_bundle == pytest.approx(820 / 1.5, rel=0.01)
     assert 0 < compiled.seconds < 60
     with pytest.raises(ExperimentError, match="plain: the compiler reports no kernel product"):
         compile_report.compile_case(cases_file, "plain", "v5e:2x2")
@@ -160,8 +239,9 @@ def test_report_with_cases_that_fail(cases_file, tmp_path, run_command):
     code, out, err = run_command("experiments.benchmark", "tiled", "compile_time", *options)
     assert code == 1 and "Traceback" not in err, err
     assert "wrong does not compile for v6e:2x2: dot_general requires contracting dim" in err
-    header, _, product, wrong, longest = out.splitlines()
+    header, _, product, refused, wrong, longest = out.splitlines()
     assert header == "| kernel | v6e seconds |"
+    assert refused == "| refused | not supported |"
     assert wrong == "| wrong | does not compile |"
     found = json.loads(output.read_text())
     assert found["command"] == f"benchmark tiled compile_time {' '.join(map(str, options))}"
@@ -170,32 +250,88 @@ def test_report_with_cases_that_fail(cases_file, tmp_path, run_command):
     assert product == f"| product | {records['product']['seconds']:.1f} |"
     assert longest == f"| longest | {records['product']['seconds']:.1f} |"
     assert "dot_general" in records["wrong"]["error"]
+    assert records["refused"]["missing"] == "refused is not supported: it has no such feature"
 
 
 def test_schedule_report(monkeypatch, cases_file):
-    schedule = read_schedule("product", BUNDLES.splitlines(), ISSUES.splitlines(), steps=2)
+    schedule = read_schedule("product", BUNDLES.splitlines(), ISSUES.splitlines(), Call(2, 100))
     schedule = compile_report.with_scores(schedule, Work(2, 128, scores=256**2), 128**2)
     parts = {"product": (schedule, schedule), "plain": (schedule,)}
 
     def compile_case(path, name, topology, schedules):
         assert path == cases_file and schedules and topology.endswith(":2x2")
-        return compile_report.Compiled(1.0, 0, parts[name])
+        if name == "refused":
+            raise NotSupported("it has no such feature")
+        return compile_report.Compiled(1.0, 0, 500.0, parts[name])
 
-    monkeypatch.setattr(tiled, "compile_case", compile_case)
-    monkeypatch.setattr(tiled, "check_compiler", lambda *_: None)
+    monkeypatch.setattr(measure, "compile_case", compile_case)
+    monkeypatch.setattr(measure, "check_compiler", lambda *_: None)
     report = Report()
     tiled.ScheduleConfig(cases=cases_file).fill(report)
-    product, missing, wrong, plain = report.rows
+    product, missing, refused, wrong, plain = report.rows
     chips = [f"{chip} {name}" for chip in ("v5e", "v6e") for name in tiled.SCHEDULE_COLUMNS]
     assert [*product] == [*missing] == [*wrong] == ["kernel", *chips]
     # Two kernels of a case count together.
     assert [*product.values()] == ["product", *("16", "40", "62%", "6") * 2]
     assert [*plain.values()] == ["plain", *("8", "20", "62%", "3") * 2]
     assert [*missing.values()] == ["missing", *("not available", "-", "-", "-") * 2]
+    assert [*refused.values()] == ["refused", *("not supported", "-", "-", "-") * 2]
     assert wrong["v5e bundles"] == "does not compile"
     assert (
         report.failures == ["cases: wrong must say what its kernels compute"] * 2
-        and len(report.records) == 8
+        and len(report.records) == 10
+    )
+    json.dumps(report.records)
+
+
+LINEAR_CASES = """
+from experiments.benchmark.linear_variants import LinearCase
+from experiments.compile_report import Case
+
+
+def cases():
+    options = dict(units=100, forward="_forward")
+    return {
+        "forward, a": LinearCase(None, (), **options),
+        "backward, a": LinearCase(None, (), **options),
+        "backward, missing": "not available",
+        "backward, tiled": Case(None, ()),
+    }
+"""
+
+
+def test_linear_schedule_report(monkeypatch, tmp_path):
+    path = tmp_path / "cases.py"
+    path.write_text(LINEAR_CASES)
+    schedule = read_schedule("a_forward", BUNDLES.splitlines(), ISSUES.splitlines(), Call(4, 1000))
+    # Two passes through the hot block, of 2 bundles, among 10.
+    schedule = dataclasses.replace(schedule, hot_runs=2.0, step_bundles=10.0, apart=3)
+    backward = dataclasses.replace(schedule, kernel="a_backward", step_bundles=20.0)
+    unknown = dataclasses.replace(backward, hot_runs=None, step_bundles=None)
+
+    def compile_case(path, name, topology, schedules):
+        ours = backward if topology == "v5e:2x2" else unknown
+        parts = (schedule,) if name == "forward, a" else (schedule, ours)
+        return compile_report.Compiled(1.0, 0, 5.0, parts)
+
+    monkeypatch.setattr(measure, "compile_case", compile_case)
+    monkeypatch.setattr(measure, "check_compiler", lambda *_: None)
+    report = Report()
+    linear.ScheduleConfig(cases=path).fill(report)
+    rows = {row["kernel"]: [*row.values()][1:] for row in report.rows}
+    # Bundles and bytes of four grid steps and one call for 100 units; 5 bytes take a bundle.
+    forward = ["0.16", "0.40", "2.00", "3", "6"]
+    assert rows == {
+        "forward, a": forward * 2,
+        "backward, a": ["0.16", "0.80", "2.00", "3", "6", "-", "-", "2.00", "3", "6"],
+        "forward + backward, a": ["0.32", "1.20", "4.00", "6", "12", "-", "-", "4.00", "6", "12"],
+        "backward, missing": ["not available", *"----"] * 2,
+        "backward, tiled": ["does not compile", *"----"] * 2,
+        "forward + backward, tiled": ["does not compile", *"----"] * 2,
+    }
+    assert (
+        report.failures
+        == ["cases: backward, tiled must be a LinearCase, which says what it counts by"] * 2
     )
     json.dumps(report.records)
 
@@ -235,6 +371,74 @@ def test_cases_of_ours_and_of_peers(implemented, monkeypatch):
     assert all(work.scores for case in peers.values() for work in case.kernels.values())
     if importlib.util.find_spec("tokamax") is None:
         assert "'.[peers]'" in found["forward, full, tokamax splash"]
+
+
+@pytest.mark.parametrize("implemented", (False, True))
+def test_linear_cases_of_ours_and_of_peers(implemented, monkeypatch):
+    available = ["pallas_tpu"] if implemented else ["xla"]
+    monkeypatch.setattr(linear_cases.linear, "IMPLEMENTATIONS", available)
+    found = linear_cases.cases()
+    for direction in ("forward", "backward"):
+        for name in (*linear_variants.VARIANTS, linear_cases.LONG):
+            case = found[f"{direction}, {name}"]
+            if not implemented:
+                assert case == "not available"
+                continue
+            *_, memories, features = case.arguments[2].shape
+            assert case.units in (8 * 4096, 16384) and features == 128
+            assert memories == (1 if name == linear_cases.LONG else 2 if "2 key" in name else 8)
+        scans = [case for name, case in found.items() if f"{direction}," in name and "scan" in name]
+        assert [case.units for case in scans] == [4096 * 2048 // 128] * 2
+        peer = found[f"{direction}, tokamax Kimi Delta Attention"]
+        if importlib.util.find_spec("tokamax") is None:
+            assert "'.[peers]'" in peer
+    assert len({*found}) == 2 * (len(linear_variants.VARIANTS) + 4)
+
+
+def test_linear_variants_fit_linear_attention():
+    known = inspect.signature(linear_attention).parameters
+    for name, variant in linear_variants.VARIANTS.items():
+        if not variant.options.keys() <= known.keys():
+            continue
+        inputs = variant.inputs(16, 8, 4, jnp.float32)
+        function = variant.function("forward", [*inputs], 8, "xla")
+        assert jax.eval_shape(function, *inputs.values()).shape == (1, 16, 8, 4), name
+        assert jax.eval_shape(lambda kinds=inputs: linear_variants.arrays_of(kinds)) == inputs
+    variant = linear_variants.VARIANTS["constant decay, segments"]
+    inputs = variant.inputs(16, 8, 4, jnp.float32)
+    function = variant.function("backward", [*inputs], 8, "xla")
+    # Of query, key and value, and not of the numbers of segments.
+    assert len(jax.eval_shape(function, *inputs.values())) == 3 == len(inputs) - 1
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_linear_cpu_report():
+    options = dict(heads=2, features=8, repeats=1, seconds=0, tokens=(128, 64), peer_tokens=64)
+    report = Report()
+    linear.CpuConfig(**options, only="gradient, lightning").fill(report)
+    linear.CpuConfig(**options, only="forward, jax.nn").fill(report)
+    assert [(row["pass"], row["tokens"]) for row in report.rows] == [
+        *(("gradient, lightning", tokens) for tokens in ("64", "128", "spread")),
+        *(("forward, jax.nn", tokens) for tokens in ("64", "spread")),
+    ]
+    short, long, spread = report.records[:3]
+    times = [record["seconds"] / record["tokens"] for record in (short, long)]
+    assert spread["spread"] == max(times) / min(times) > 1
+    assert report.rows[1]["growth"] == f"{long['bytes'] / short['bytes']:.2f}"
+    assert report.rows[0]["us per token"] == f"{1e6 * times[0]:.2f}"
+    assert report.records[-1]["spread"] == 1
+
+
+def test_a_linear_pass_is_the_attention_that_it_is_named_for():
+    shape = (1, 20, 2, 8)
+    ours, arrays = linear._called("lightning", "forward", shape, jnp.float32, "reference")
+    decays = 2.0 ** -np.array([1, 8])
+    expected = linear_attention(*arrays, log_decay=tuple(-decays), implementation="reference")
+    assert jnp.allclose(ours(*arrays), expected, atol=1e-6)
+    theirs, arrays = linear._called("jax.nn", "forward", shape, jnp.float32, "xla")
+    assert jnp.allclose(theirs(*arrays), jax.nn.dot_product_attention(*arrays, is_causal=True))
+    passes = linear.GpuConfig(batch=1, tokens=20, heads=2, features=8).passes()
+    assert [*passes] == [f"{d}, {name}" for d in ("forward", "gradient") for name in linear.RUN]
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -317,6 +521,9 @@ def test_what_was_measured_before_a_stop_is_shown(monkeypatch, capsys):
         (["decoding"], 2, "kernels: 'decoding' is unknown"),
         (["tiled", "shedule"], 2, "shedule"),
         (["tiled", "gpu"], 1, "JAX finds no CUDA device here; `make EXTRA=cuda env` installs"),
+        (["linear", "gpu"], 1, "JAX finds no CUDA device here; `make EXTRA=cuda env` installs"),
+        (["linear", "cpu", "--tokens", "0"], 1, "tokens: (0,); all must be at least 1"),
+        (["linear", "schedule", "--only", "xx"], 1, "only: 'xx' is in the name of no case"),
         (["tiled", "cpu", "--only", "x"], 1, "only: 'x' is in the name of no case; there are fo"),
         (["tiled", "cpu", "--repeats", "0"], 1, "repeats: 0; it must be at least 1"),
         (["tiled", "schedule", "--cases", "none.py"], 1, "cases: none.py is no Python file"),
@@ -327,7 +534,7 @@ def test_wrong_input_is_one_message(arguments, code, message, monkeypatch, capsy
     from experiments.errors import run_command
 
     monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
-    monkeypatch.setattr(tiled, "check_compiler", lambda *_: None)
+    monkeypatch.setattr(measure, "check_compiler", lambda *_: None)
     monkeypatch.setattr("experiments.errors._quiet_libraries", lambda: None)
     with pytest.raises(SystemExit) as caught:
         run_command(main)

@@ -1,0 +1,196 @@
+"""Reports on linear attention and scans, beside their peers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from experiments.benchmark import linear_cases, measure
+from experiments.benchmark.linear_variants import VARIANTS, LinearCase, arrays_of
+from experiments.benchmark.measure import Cells, CompileConfig, Passes, compile_all, cost, gradient
+from experiments.benchmark.table import Report, progress
+from experiments.compile_report import Case, Compiled, Schedule, chosen
+from experiments.errors import ExperimentError
+
+RUN = ("lightning", "gate per channel (GLA)", "gated delta rule per channel (KDA)")
+"""Variants that are run."""
+PEER = "jax.nn"
+
+
+def _total(counts: Iterable[float | None], units: float) -> str:
+    counts = list(counts)
+    return "-" if None in counts or not counts else f"{sum(counts) / units:.2f}"
+
+
+def _per_call(schedule: Schedule, bundles: float | None) -> float | None:
+    return None if bundles is None else bundles * schedule.grid_steps
+
+
+def _hot(compiled: Compiled, units: int) -> str:
+    return _total(
+        (
+            _per_call(s, None if s.hot_runs is None else s.hot_bundles * s.hot_runs)
+            for s in compiled.schedules
+        ),
+        units,
+    )
+
+
+def _all(compiled: Compiled, units: int) -> str:
+    return _total((_per_call(s, s.step_bundles) for s in compiled.schedules), units)
+
+
+def _memory(compiled: Compiled, units: int) -> str:
+    return _total((s.operand_bytes for s in compiled.schedules), units * compiled.bytes_per_bundle)
+
+
+SCHEDULE_COLUMNS = {
+    "hot": _hot,
+    "all": _all,
+    "memory": _memory,
+    "apart": lambda compiled, _: f"{sum(s.apart for s in compiled.schedules):,}",
+    "spills": lambda compiled, _: f"{sum(s.spills for s in compiled.schedules):,}",
+}
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(CompileConfig):
+    """TPU schedules, in bundles per token and head. Needs no TPU, but libtpu."""
+
+    cases: Path = Path(linear_cases.__file__)
+    """Python file with a function `cases()` that returns `LinearCase`s by name."""
+
+    def fill(self, report: Report) -> None:
+        """Compiles every case for every TPU; a backward has a row with its forward, too."""
+        compile_all(self, report, tuple(SCHEDULE_COLUMNS), _rows, schedules=True, check=_check)
+
+
+def _check(name: str, case: Case) -> None:
+    if not isinstance(case, LinearCase):
+        raise ExperimentError(f"cases: {name} must be a LinearCase, which says what it counts by")
+
+
+def _rows(name: str, case: Case | str) -> dict[str, Cells]:
+    def cells(compiled: Compiled, whole: bool = True) -> dict[str, str]:
+        if not whole:
+            kept = tuple(s for s in compiled.schedules if case.forward not in s.kernel)
+            compiled = dataclasses.replace(compiled, schedules=kept)
+        return {column: cell(compiled, case.units) for column, cell in SCHEDULE_COLUMNS.items()}
+
+    if isinstance(case, str) or not name.startswith("backward"):
+        return {name: cells}
+    return {name: functools.partial(cells, whole=False), f"forward + {name}": cells}
+
+
+@dataclass(frozen=True)
+class CompileTimeConfig(measure.CompileTimeConfig):
+    """Seconds to compile kernels for TPU. Needs no TPU, but libtpu."""
+
+    cases: Path = Path(linear_cases.__file__)
+    """Python file with a function `cases()`, as of `python -m experiments.compile_report`."""
+
+
+@dataclass(frozen=True)
+class CpuConfig(measure.CpuConfig):
+    """Time and memory per token of the XLA implementation, and of `jax.nn`'s, on this CPU."""
+
+    tokens: tuple[int, ...] = tuple(1024 * 2**i for i in range(7))
+    """Lengths."""
+    peer_tokens: int = 4096
+    """The longest that jax.nn's attention, which takes time by its square, is run for."""
+    heads: int = 2
+    """Number of heads."""
+    seconds: float = 0.5
+    """How long to go on with runs, at least, so that short ones are many."""
+
+    def fill(self, report: Report) -> None:
+        """Runs all lengths of each pass; its last row is the largest over the smallest time."""
+        self.prepare(tokens=self.tokens)
+        for label, (name, direction) in chosen(_passes(), self.only).items():
+            longest = self.peer_tokens if name == PEER else max(self.tokens)
+            times, before = [], None
+            for tokens in sorted({tokens for tokens in self.tokens if tokens <= longest}):
+                progress(f"{label}, {tokens} tokens")
+                shape = (1, tokens, self.heads, self.features)
+                call = _called(name, direction, shape, jnp.float32, "xla")
+                seconds, size = cost(*call, self.repeats, self.seconds)
+                times.append(seconds / tokens)
+                row = {
+                    "pass": label,
+                    "tokens": f"{tokens:,}",
+                    "us per token": f"{1e6 * times[-1]:.2f}",
+                    "MiB": f"{size / 2**20:.1f}",
+                    "growth": f"{size / before:.2f}" if before else "-",
+                }
+                record = {"pass": label, "tokens": tokens, "seconds": seconds, "bytes": size}
+                report.add(row, record)
+                before = size
+            if times:
+                spread = max(times) / min(times)
+                row = {"pass": label, "tokens": "spread", "us per token": f"{spread:.2f}"}
+                report.add(row, {"pass": label, "spread": spread})
+
+
+@dataclass(frozen=True)
+class GpuConfig(measure.GpuConfig):
+    """Time of ours and of cuDNN's causal attention on a CUDA device."""
+
+    def passes(self) -> Passes:
+        """Returns what makes the functions of each row."""
+        shape = (self.batch, self.tokens, self.heads, self.features)
+
+        def make(name: str, direction: str) -> dict[str, Any]:
+            calls = {"ours": (name, None), "cuDNN": (PEER, "cudnn")}
+            return {
+                peer: _called(called, direction, shape, jnp.bfloat16, implementation)
+                for peer, (called, implementation) in calls.items()
+            }
+
+        return {
+            label: functools.partial(make, *one)
+            for label, one in _passes().items()
+            if one[0] != PEER
+        }
+
+
+REPORTS = {
+    "schedule": ScheduleConfig,
+    "cpu": CpuConfig,
+    "compile_time": CompileTimeConfig,
+    "gpu": GpuConfig,
+}
+
+
+def _passes() -> dict[str, tuple[str, str]]:
+    return {
+        f"{direction}, {name}": (name, direction)
+        for direction in ("forward", "gradient")
+        for name in (*RUN, PEER)
+    }
+
+
+def _called(
+    name: str, direction: str, shape: tuple[int, ...], dtype: Any, implementation: str | None
+) -> tuple[Callable[..., Any], tuple[Array, ...]]:
+    """Returns the function of a pass, and its arrays."""
+    batch, tokens, heads, features = shape
+    inputs = VARIANTS["no decay" if name == PEER else name].inputs(
+        tokens, heads, features, dtype, batch
+    )
+    arrays = tuple(arrays_of(inputs).values())
+    if name != PEER:
+        function = VARIANTS[name].function(direction, [*inputs], heads, implementation)
+        return function, arrays
+
+    def attention(*arrays: Array) -> Array:
+        return jax.nn.dot_product_attention(*arrays, is_causal=True, implementation=implementation)
+
+    return (attention if direction == "forward" else gradient(attention, range(3))), arrays
