@@ -176,6 +176,7 @@ def _row(schedule: Schedule) -> dict[str, str]:
     return {
         "bundles": f"{schedule.bundles:,}",
         "hot block": f"{schedule.hot_bundles:,}",
+        "bundles a step": "-" if schedule.step_bundles is None else f"{schedule.step_bundles:,.0f}",
         "twins": " ".join(f"{twin:,}" for twin in schedule.twins),
         "matrix issues": f"{schedule.matrix_issues:,}",
         "fullest slots": ", ".join(f"{name} {share:.0%}" for name, share in fullest),

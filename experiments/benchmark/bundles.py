@@ -20,6 +20,7 @@ _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:")
 _BRANCH = re.compile(r"sbr\.rel (?:\((!?)(%\w+)\) )?target = \$region(\d+)")
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _INSTRUCTION = re.compile(r"(%\w+) = ([\w.]+) ([^;]*)")
+_SPILL = re.compile(r"(\[smem:\[#\w+\]\]) (%\w+)")
 # Leaves the operands of an instruction, which may be predicated.
 _ASIDE = re.compile(r"/\*.*?\*/|^\(!?%\w+\),")
 _OPERAND = re.compile(r"%\w+|\[smem:\[#\w+\]\]|(?<![\w%])\d+\b")
@@ -116,9 +117,8 @@ class _Values:
                     operands = _OPERAND.findall(_ASIDE.sub("", rest))
                     index = "iteration index" in rest
                     self._values[name] = _Value(operation, operands, index)
-                elif operation == "sst":
-                    place, *stored = _OPERAND.findall(_ASIDE.sub("", rest))
-                    self._spilled.setdefault(place, []).extend(stored)
+                elif spill := operation == "sst" and _SPILL.match(rest):
+                    self._spilled.setdefault(spill[1], []).append(spill[2])
 
     def passes(self, leave: str) -> int | None:
         """Returns the passes of a loop that ends where a predicate holds, if it says so."""

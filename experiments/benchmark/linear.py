@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from experiments.benchmark import linear_cases, measure
 from experiments.benchmark.linear_variants import VARIANTS, LinearCase, arrays_of
-from experiments.benchmark.measure import Cells, CompileConfig, Passes, compile_all, cost, gradient
+from experiments.benchmark.measure import Cells, CompileConfig, Passes, compile_all, cost, directed
 from experiments.benchmark.table import Report, progress
 from experiments.compile_report import Case, Compiled, Schedule, chosen
 from experiments.errors import ExperimentError
@@ -30,22 +30,18 @@ def _total(counts: Iterable[float | None], units: float) -> str:
     return "-" if None in counts or not counts else f"{sum(counts) / units:.2f}"
 
 
-def _per_call(schedule: Schedule, bundles: float | None) -> float | None:
-    return None if bundles is None else bundles * schedule.grid_steps
-
-
 def _hot(compiled: Compiled, units: int) -> str:
-    return _total(
-        (
-            _per_call(s, None if s.hot_runs is None else s.hot_bundles * s.hot_runs)
-            for s in compiled.schedules
-        ),
-        units,
-    )
+    def of(s: Schedule) -> float | None:
+        return None if s.hot_runs is None else s.hot_bundles * s.hot_runs * s.grid_steps
+
+    return _total(map(of, compiled.schedules), units)
 
 
 def _all(compiled: Compiled, units: int) -> str:
-    return _total((_per_call(s, s.step_bundles) for s in compiled.schedules), units)
+    def of(s: Schedule) -> float | None:
+        return None if s.step_bundles is None else s.step_bundles * s.grid_steps
+
+    return _total(map(of, compiled.schedules), units)
 
 
 def _memory(compiled: Compiled, units: int) -> str:
@@ -193,4 +189,4 @@ def _called(
     def attention(*arrays: Array) -> Array:
         return jax.nn.dot_product_attention(*arrays, is_causal=True, implementation=implementation)
 
-    return (attention if direction == "forward" else gradient(attention, range(3))), arrays
+    return directed(direction, attention, range(3)), arrays

@@ -11,7 +11,7 @@ from jax import ShapeDtypeStruct
 from jaxtyping import Array
 
 from experiments.benchmark.linear_variants import BOUND, VARIANTS, LinearCase
-from experiments.benchmark.measure import gradient
+from experiments.benchmark.measure import directed
 from pallas_kernels import linear, scan
 
 TOKENS, HEADS, FEATURES = 4096, 8, 128
@@ -64,7 +64,7 @@ def _tokamax(direction: str) -> dict[str, LinearCase | str]:
     rows = ShapeDtypeStruct((HEADS, 1, TOKENS, FEATURES), jnp.bfloat16)
     gate = ShapeDtypeStruct(rows.shape, jnp.float32)
     arguments = (rows, rows, rows, gate, ShapeDtypeStruct(rows.shape[:3], jnp.bfloat16))
-    function = attention if direction == "forward" else gradient(attention, range(5))
+    function = directed(direction, attention, range(5))
     return {name: LinearCase(function, arguments, units=TOKENS * HEADS, forward="_fwd_")}
 
 
@@ -82,10 +82,10 @@ def _scans(direction: str) -> dict[str, LinearCase]:
         def function(*arrays: Array, called: Callable[..., Array] = called) -> Array:
             return called(*arrays, implementation="pallas_tpu")
 
-        if direction == "backward":
-            function = gradient(function, range(len(arguments)))
-        units = TOKENS * CHANNELS // 128
         found[f"{name}, a head of 128 channels"] = LinearCase(
-            function, arguments, units=units, forward="_forward"
+            directed(direction, function, range(len(arguments))),
+            arguments,
+            units=TOKENS * CHANNELS // 128,
+            forward="_forward",
         )
     return found

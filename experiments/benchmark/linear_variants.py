@@ -12,7 +12,7 @@ import numpy as np
 from jax import ShapeDtypeStruct
 from jaxtyping import Array
 
-from experiments.benchmark.measure import gradient
+from experiments.benchmark.measure import directed
 from experiments.compile_report import Case
 from pallas_kernels import linear
 
@@ -71,9 +71,8 @@ class Variant:
         def attention(*arrays: Array) -> Array:
             return linear.linear_attention(**dict(zip(names, arrays, strict=True)), **options)
 
-        if direction == "forward":
-            return attention
-        return gradient(attention, [i for i, name in enumerate(names) if name != "segment_ids"])
+        varied = [i for i, name in enumerate(names) if name != "segment_ids"]
+        return directed(direction, attention, varied)
 
 
 SCALAR, CHANNEL = {"log_decay": "btm"}, {"log_decay": "btmh"}

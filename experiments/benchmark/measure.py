@@ -178,8 +178,12 @@ def compile_all(
         report.rows += table.values()
 
 
-def gradient(function: Callable[..., jax.Array], argnums: Sequence[int]) -> Callable[..., Any]:
-    """Returns the function that gives the gradients of the sum of an output."""
+def directed(
+    direction: str, function: Callable[..., jax.Array], argnums: Sequence[int]
+) -> Callable[..., Any]:
+    """Returns a function itself, "forward", or else that of its sum's gradients."""
+    if direction == "forward":
+        return function
 
     def loss(*arrays: Any) -> jax.Array:
         return jnp.sum(function(*arrays).astype(jnp.float32))

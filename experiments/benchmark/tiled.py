@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from experiments.benchmark import measure, tiled_cases, tiled_features
-from experiments.benchmark.measure import CompileConfig, Passes, compile_all, cost, gradient
+from experiments.benchmark.measure import CompileConfig, Passes, compile_all, cost, directed
 from experiments.benchmark.table import Report, progress
 from experiments.compile_report import Case, Compiled, chosen
 from experiments.errors import ExperimentError
@@ -111,7 +110,7 @@ class CpuConfig(measure.CpuConfig):
         repeats = self.repeats if tokens in self.tokens else 0
         sizes = {}
         for name, attention in (("ours", _ours), ("jax.nn", _jax_nn)):
-            function = _directed(direction, functools.partial(attention, "xla", mask))
+            function = directed(direction, functools.partial(attention, "xla", mask), range(3))
             seconds, size = cost(function, arrays, repeats)
             if seconds is not None:
                 record[f"{name} seconds"] = seconds
@@ -140,7 +139,7 @@ class GpuConfig(measure.GpuConfig):
 
         def make(mask: str, direction: str) -> dict[str, Any]:
             return {
-                name: (_directed(direction, functools.partial(peer, mask)), arrays)
+                name: (directed(direction, functools.partial(peer, mask), range(3)), arrays)
                 for name, peer in peers.items()
             }
 
@@ -161,10 +160,6 @@ def _passes() -> dict[str, tuple[str, str]]:
         for direction in ("forward", "gradient")
         for mask in ("causal", "full")
     }
-
-
-def _directed(direction: str, attention: Callable[..., Array]) -> Callable[..., Any]:
-    return attention if direction == "forward" else gradient(attention, range(3))
 
 
 def _ours(implementation: str | None, mask: str, *arrays: Array) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as jax_splash
 from jaxtyping import Array
 
-from experiments.benchmark.measure import gradient
+from experiments.benchmark.measure import directed
 from experiments.compile_report import Case, Work
 from pallas_kernels import masks
 from pallas_kernels.tiled import IMPLEMENTATIONS, tiled_attention
@@ -143,5 +143,5 @@ def _tokamax(direction: str, causal: bool) -> dict[str, Case | str]:
 def _case(
     direction: str, attention: Attention, shape: tuple[int, ...], kernels: dict[str, Work]
 ) -> Case:
-    function = attention if direction == "forward" else gradient(attention, range(3))
+    function = directed(direction, attention, range(3))
     return Case(function, (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * 3, kernels)
