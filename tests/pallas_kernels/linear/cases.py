@@ -133,6 +133,15 @@ class Case:
         """Returns the gradients alone."""
         return self.differentiated(arrays, implementation)[1]
 
+    def defined(self, arrays):
+        """Returns the same by the definition, in float64.
+
+        In float32 it would, step by step, often be the less exact of two.
+        """
+        with jax.enable_x64(True):
+            arrays = {n: jnp.asarray(np.float64(x)) for n, x in arrays.items()}
+            return self.differentiated(arrays, "reference")
+
     def expected(self, arrays):
         """Returns output and state by the oracle."""
         arrays = {n: np.asarray(x, np.result_type(x.dtype, np.float64)) for n, x in arrays.items()}
@@ -169,6 +178,19 @@ def total(results):
     rng = np.random.default_rng(2)
     return sum((results[n] * rng.standard_normal(results[n].shape)).sum() for n in sorted(results))
 
+
+VARIANTS = {
+    "decay": dict(decay=-0.3),
+    "steps": dict(decay="step"),
+    "channels": dict(decay="channel"),
+    "normalised": dict(decay="step", normalize=True, feature_map="elu_plus_one"),
+    "taylor": dict(decay=None, normalize=True, feature_map="taylor"),
+    "delta": dict(decay="step", beta=True),
+    "delta, channels": dict(decay="channel", beta=True),
+    "delta of features": dict(decay=None, beta=True, feature_map="taylor"),
+    "momentum": dict(decay="step", beta=True, momentum=True),
+}
+"""What makes the variants: arguments of a case."""
 
 CASES = {
     "plain": Case(kv_heads=1, decay=None, width=12),
@@ -221,3 +243,29 @@ CASES = {
         state=True,
     ),
 }
+
+ONE = dict(batch=1, heads=1, kv_heads=1, state=True)
+
+TPU_CASES = {
+    "no decay, wide": Case(20, **ONE, decay=None, features=130, width=12),
+    "decay": Case(
+        512, 1, 4, 2, features=20, decay=(-np.inf, -8.0, -0.02, 0.0), state=True, scale=0.25
+    ),
+    "decay, bfloat16": Case(256, **ONE, width=130),
+    "decay, segments": Case(301, **ONE, segments=True),
+    "steps": Case(275, **ONE | dict(state=False), decay="step"),
+    "steps, bfloat16": Case(131, **ONE, decay="step", segments=True),
+    "steps, groups of both": Case(20, 1, 2, 1, value_heads=4, decay="step", state=True),
+    "steps, shared keys": Case(20, 1, 10, 1, decay="step"),
+    "channels": Case(131, **ONE, decay="channel", normalize=True, segments=True),
+    "delta": Case(301, **ONE, decay=None, beta=True),
+    "delta, steps": Case(131, **ONE, decay="step", beta=True, segments=True),
+    "delta, channels": Case(131, **ONE, decay="channel", beta=True, segments=True),
+    "momentum": Case(131, **ONE, decay="step", beta=True, momentum=True, segments=True),
+    "normalised": Case(131, **ONE, decay="step", normalize=True, feature_map="elu_plus_one"),
+    "relu": Case(256, **ONE, decay=None, normalize=True, feature_map="relu"),
+    "taylor": Case(131, **ONE, features=5, decay=None, normalize=True, feature_map="taylor"),
+    "delta of features": Case(20, **ONE, features=5, decay="step", beta=True, feature_map="taylor"),
+}
+"""What the TPU kernels serve: tiles of 256 tokens, chunks of 128 and features in registers of 128,
+full or not; more memories than a grid step has."""
