@@ -55,7 +55,7 @@ def test_gradients(case, x64):
 
 
 # Three spans from one state that is kept to the next; the last, and its last chunk, are shorter.
-SPANS = dict(tokens=2 * KEPT + 35, batch=1, heads=2, kv_heads=1, chunk=KEPT // 10, state=True)
+SPANS = dict(tokens=2 * KEPT + 12, batch=1, heads=2, kv_heads=1, chunk=KEPT // 32, state=True)
 
 
 @pytest.mark.parametrize(

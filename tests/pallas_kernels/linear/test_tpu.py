@@ -81,7 +81,9 @@ def test_heads_in_several_steps_of_the_grid():
     """Or no case above has a key that several of them share."""
     case = TPU_CASES["steps, shared keys"]
     with interpreted():
-        traced = jax.make_jaxpr(lambda x: case.differentiated(x, "pallas_tpu"))(case.arrays())
+        traced = jax.make_jaxpr(lambda x: case.differentiated(x, "pallas_tpu"))(
+            case.arrays(np.float32)
+        )
     steps = re.findall(r"GridMapping\(grid=\(1, (\d+), 1\)", str(traced))
     assert len(steps) == 2
     assert min(map(int, steps)) > 1
