@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 LANES = 128
@@ -28,3 +29,11 @@ def padded(array: Array, axis: int, size: int) -> Array:
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, missing)
     return jnp.pad(array, widths)
+
+
+def generation() -> int:
+    """Returns the generation of the TPU that a kernel is lowered for, 5 where it is not known."""
+    try:
+        return pltpu.get_tpu_info().generation
+    except Exception:  # it has no error of its own for "there is none"
+        return 5

@@ -48,12 +48,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import choose, partition
 from pallas_kernels.checks import check_arrays
-from pallas_kernels.linear import features, noncausal, reference, xla
+from pallas_kernels.linear import features, noncausal, reference, tpu, xla
 from pallas_kernels.linear.inputs import Inputs, Options
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"xla": xla, "reference": reference, "pallas_tpu": tpu}
 
-KERNELS: dict[str, str] = {}
+KERNELS = {"tpu": "pallas_tpu"}
 """The kernel that is the best implementation, by platform."""
 
 CHUNK_SIZE = 64

@@ -23,7 +23,7 @@ from jaxtyping import Array
 from pallas_kernels.masks import Blocks, Mask
 from pallas_kernels.tiled.inputs import Inputs, Options
 from pallas_kernels.tiled.schedule import Grid, divisor, schedule, split, transposed_schedules
-from pallas_kernels.tpu import LANES, padded
+from pallas_kernels.tpu import LANES, generation, padded
 
 BUNDLES_OF_A_STEP, BUNDLES_OF_A_ROW = 100, 300
 """What visiting a tile takes besides its scores, and a row of tiles besides its visits, about."""
@@ -390,14 +390,6 @@ def branches(schedule: Any, masked: bool) -> tuple[bool, bool]:
     partial = schedule[..., 1:] % 2 == 1
     some = bool((listed & partial).any())
     return bool((listed & ~partial).any()) or not some, some
-
-
-def generation() -> int:
-    """Returns the generation of the TPU that a kernel is lowered for, 5 where it is not known."""
-    try:
-        return pltpu.get_tpu_info().generation
-    except Exception:  # it has no error of its own for "there is none"
-        return 5
 
 
 def chosen(

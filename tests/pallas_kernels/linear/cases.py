@@ -20,7 +20,8 @@ class Case:
 
     `decay` is None, log decays, one or one for each head, or of which arrays they are drawn, "step"
     (for each token) or "channel" (and feature). These hold all that is hard: 0, -inf, strong and
-    weak ones. `keys` is the number of keys where it is not that of tokens.
+    weak ones; or nothing below the bound. `keys` is the number of keys where it is not that of
+    tokens.
     """
 
     tokens: int = 24
@@ -41,6 +42,7 @@ class Case:
     segments: bool = False
     state: bool = False
     scale: float = 1.0
+    bound: float | None = None
 
     def arrays(self, dtype=np.float64, seed=0):
         """Returns the differentiable arguments by name, those of the state by their own."""
@@ -71,6 +73,8 @@ class Case:
         def gates(*shape):
             strong = rng.choice([0, -np.inf, -1e30, -200.0, -8.0], (b, t, memories, *shape))
             weak = -np.exp(rng.standard_normal((b, t, memories, *shape)) - 1)
+            if self.bound is not None:
+                return np.maximum(4 * weak, self.bound)
             return np.where(rng.random((b, t, memories, *shape)) < 0.2, strong, weak)
 
         size = len(features(self.feature_map, np.zeros(h)))
@@ -167,6 +171,7 @@ def called(case, arrays, implementation, **options):
         **case.options() | options,
         initial_state=LinearState(**state) if state else None,
         return_state=True,
+        min_log_decay=case.bound,
         chunk_size=case.chunk,
         implementation=implementation,
     )
@@ -261,6 +266,7 @@ TPU_CASES = {
     "delta": Case(301, **ONE, decay=None, beta=True),
     "delta, steps": Case(131, **ONE, decay="step", beta=True, segments=True),
     "delta, channels": Case(131, **ONE, decay="channel", beta=True, segments=True),
+    "delta, channels, bound": Case(131, **ONE, decay="channel", beta=True, bound=-5.0),
     "momentum": Case(131, **ONE, decay="step", beta=True, momentum=True, segments=True),
     "normalised": Case(131, **ONE, decay="step", normalize=True, feature_map="elu_plus_one"),
     "relu": Case(256, **ONE, decay=None, normalize=True, feature_map="relu"),
