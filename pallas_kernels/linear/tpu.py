@@ -35,7 +35,7 @@ FEWEST = 16
 def supports(*, options: Options, inputs: Inputs) -> str | None:
     """Returns why the kernels do not serve a call, or None."""
     if not options.causal:
-        return "it is causal"
+        return "it has causal attention only"
     if inputs.query.dtype == jnp.float64:
         return "it does not compute in float64"
     if inputs.query.shape[1] < FEWEST:

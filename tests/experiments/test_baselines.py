@@ -43,7 +43,7 @@ def test_byte_model_is_the_slow_count(order):
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_byte_model_is_a_distribution(order):
     model = ByteModel(order, TRAINING)
-    for context in (b"", b"a", b"ab", b"\xfe\xfe"):
+    for context in (b"a", b"ab", b"\xfe\xfe"):
         prefix = model.bits([context])
         total = sum(2 ** (prefix - model.bits([context + bytes([b])])) for b in range(256))
         assert total == pytest.approx(1, rel=1e-9)

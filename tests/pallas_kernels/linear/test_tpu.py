@@ -141,7 +141,7 @@ X = jnp.ones((1, 32, 1, 4))
 @pytest.mark.parametrize(
     ("arrays", "options", "reason"),
     (
-        ((X, X, X), dict(causal=False), "it is causal"),
+        ((X, X, X), dict(causal=False), "it has causal attention only"),
         ((X[:, :15],) * 3, {}, "it takes 16 tokens or more; got 15"),
         ((X, X, X), dict(chunk_size=96), "chunk_size must divide 256; got 96"),
     ),
