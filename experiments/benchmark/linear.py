@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,13 @@ from jaxtyping import Array
 
 from experiments.benchmark import linear_cases, measure
 from experiments.benchmark.linear_variants import VARIANTS, LinearCase, arrays_of
-from experiments.benchmark.measure import Cells, CompileConfig, Passes, compile_all, cost, directed
+from experiments.benchmark.measure import Cells, CompileConfig, Passes, compile_all, directed
 from experiments.benchmark.table import Report, progress
 from experiments.compile_report import Case, Compiled, Schedule, chosen
 from experiments.errors import ExperimentError
+
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+"""Options of glibc's mallopt."""
 
 RUN = ("lightning", "gate per channel (GLA)", "gated delta rule per channel (KDA)")
 """Variants that are run."""
@@ -98,41 +105,77 @@ class CompileTimeConfig(measure.CompileTimeConfig):
 class CpuConfig(measure.CpuConfig):
     """Time and memory per token of the XLA implementation, and of `jax.nn`'s, on this CPU."""
 
-    tokens: tuple[int, ...] = tuple(1024 * 2**i for i in range(7))
+    tokens: tuple[int, ...] = (1024, 4096, 16384, 65536)
     """Lengths."""
     peer_tokens: int = 4096
     """The longest that jax.nn's attention, which takes time by its square, is run for."""
     heads: int = 2
     """Number of heads."""
-    seconds: float = 0.5
-    """How long to go on with runs, at least, so that short ones are many."""
+    features: int = 128
+    """Head dimension."""
+    repeats: int = 5
+    """Rounds, of which the median counts. In each all lengths take their turn."""
+    work: int = 65536
+    """Tokens of a turn, in calls one after another; a longer length is one call."""
 
     def fill(self, report: Report) -> None:
         """Runs all lengths of each pass; its last row is the largest over the smallest time."""
         self.prepare(tokens=self.tokens)
+        _keep_memory()
         for label, (name, direction) in chosen(_passes(), self.only).items():
             longest = self.peer_tokens if name == PEER else max(self.tokens)
-            times, before = [], None
+            calls = {}
             for tokens in sorted({tokens for tokens in self.tokens if tokens <= longest}):
                 progress(f"{label}, {tokens} tokens")
                 shape = (1, tokens, self.heads, self.features)
-                call = _called(name, direction, shape, jnp.float32, "xla")
-                seconds, size = cost(*call, self.repeats, self.seconds)
-                times.append(seconds / tokens)
+                function, arrays = _called(name, direction, shape, jnp.float32, "xla")
+                calls[tokens] = jax.jit(function).lower(*arrays).compile(), arrays
+            times, before = _times_per_token(calls, self.repeats, self.work), None
+            for tokens, (compiled, _) in calls.items():
+                size = compiled.memory_analysis().temp_size_in_bytes
                 row = {
                     "pass": label,
                     "tokens": f"{tokens:,}",
-                    "us per token": f"{1e6 * times[-1]:.2f}",
+                    "us per token": f"{1e6 * times[tokens]:.2f}",
                     "MiB": f"{size / 2**20:.1f}",
                     "growth": f"{size / before:.2f}" if before else "-",
                 }
+                seconds = times[tokens] * tokens
                 record = {"pass": label, "tokens": tokens, "seconds": seconds, "bytes": size}
                 report.add(row, record)
                 before = size
             if times:
-                spread = max(times) / min(times)
+                spread = max(times.values()) / min(times.values())
                 row = {"pass": label, "tokens": "spread", "us per token": f"{spread:.2f}"}
                 report.add(row, {"pass": label, "spread": spread})
+
+
+def _times_per_token(
+    calls: Mapping[int, tuple[Callable[..., Any], Sequence[Array]]], repeats: int, work: int
+) -> dict[int, float]:
+    """Returns seconds by number of tokens: medians of rounds, as a machine's speed drifts."""
+    times = {tokens: [] for tokens in calls}
+    for turn in range(repeats + 1):
+        for tokens, (function, arrays) in calls.items():
+            count = max(work // tokens, 1)
+            began = time.perf_counter()
+            for _ in range(count):
+                jax.block_until_ready(function(*arrays))
+            if turn:  # the first does not count
+                times[tokens].append((time.perf_counter() - began) / (count * tokens))
+    return {tokens: statistics.median(found) for tokens, found in times.items()}
+
+
+def _keep_memory() -> None:
+    """Keeps what calls free in this process, where it runs on glibc.
+
+    By default each large array comes as fresh pages, which the operating system must clear: a fifth
+    of the time of a long call, and no part of what is measured.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1):
+            mallopt(option, value)
 
 
 @dataclass(frozen=True)

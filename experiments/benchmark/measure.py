@@ -192,28 +192,19 @@ def directed(
 
 
 def cost(
-    function: Callable[..., Any], arrays: Sequence[Any], repeats: int, at_least: float = 0
+    function: Callable[..., Any], arrays: Sequence[Any], repeats: int
 ) -> tuple[float | None, int]:
     """Returns seconds, if there are repeats, and the bytes beside arguments and results."""
     compiled = jax.jit(function).lower(*arrays).compile()
     size = compiled.memory_analysis().temp_size_in_bytes
-    return fastest(compiled, arrays, repeats, at_least) if repeats else None, size
+    return fastest(compiled, arrays, repeats) if repeats else None, size
 
 
-def fastest(
-    function: Callable[..., Any], arguments: Sequence[Any], repeats: int, at_least: float = 0
-) -> float:
-    """Returns the seconds of the fastest of some calls, after one that does not count.
-
-    Args:
-      function: to call.
-      arguments: to call it with.
-      repeats: the fewest calls.
-      at_least: seconds to go on for.
-    """
+def fastest(function: Callable[..., Any], arguments: Sequence[Any], repeats: int) -> float:
+    """Returns the seconds of the fastest of some calls, after one that does not count."""
     jax.block_until_ready(function(*arguments))
     times = []
-    while len(times) < repeats or sum(times) < at_least:
+    for _ in range(repeats):
         began = time.perf_counter()
         jax.block_until_ready(function(*arguments))
         times.append(time.perf_counter() - began)

@@ -413,7 +413,7 @@ def test_linear_variants_fit_linear_attention():
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_linear_cpu_report():
-    options = dict(heads=2, features=8, repeats=1, seconds=0, tokens=(128, 64), peer_tokens=64)
+    options = dict(heads=2, features=8, repeats=1, work=128, tokens=(128, 64), peer_tokens=64)
     report = Report()
     linear.CpuConfig(**options, only="gradient, lightning").fill(report)
     linear.CpuConfig(**options, only="forward, jax.nn").fill(report)
