@@ -1,7 +1,9 @@
-"""What every kernel family asks of its queries, keys and values."""
+"""What kernel families ask of their arguments."""
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Int
 
 
 def check_arrays(
@@ -61,3 +63,20 @@ def check_arrays(
                 f"{name}: {array.shape[2]} heads do not divide the {heads} heads of query; "
                 "num_heads must be a multiple of num_kv_heads"
             )
+
+
+def segment_begins(
+    segment_ids: Int[ArrayLike, "B T"], shape: tuple[int, ...]
+) -> Bool[Array, "B T"]:
+    """Returns which tokens begin a segment; the first one of a call continues a state.
+
+    Raises:
+      TypeError, ValueError: the ids are no integers, or not of this shape.
+    """
+    segment_ids = jnp.asarray(segment_ids)
+    if segment_ids.shape != shape:
+        raise ValueError(f"segment_ids: must have shape {shape}; got {segment_ids.shape}")
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids: must be integers; got {segment_ids.dtype}")
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changed, ((0, 0), (1, 0)))

@@ -11,6 +11,9 @@ from jaxtyping import Array
 LANES = 128
 """Columns of a register."""
 
+FEWEST_TOKENS = 16
+"""Tokens from which on a kernel that carries a state is worth its start; fewer are steps."""
+
 VMEM_BYTES = 64 * 2**20
 """What a kernel may take of a core's vector memory: half of it, on v5e and v6e."""
 
@@ -37,3 +40,15 @@ def generation() -> int:
         return pltpu.get_tpu_info().generation
     except Exception:  # it has no error of its own for "there is none"
         return 5
+
+
+def compiler_params(*, parallel: bool = True) -> pltpu.CompilerParams:
+    """Returns how kernels with a grid of three dimensions are compiled.
+
+    Args:
+      parallel: whether several cores may share the first two dimensions.
+    """
+    outer = "parallel" if parallel else "arbitrary"
+    return pltpu.CompilerParams(
+        dimension_semantics=(outer, outer, "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+    )

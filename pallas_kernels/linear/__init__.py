@@ -47,7 +47,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import choose, partition
-from pallas_kernels.checks import check_arrays
+from pallas_kernels.checks import check_arrays, segment_begins
 from pallas_kernels.linear import features, noncausal, reference, tpu, xla
 from pallas_kernels.linear.inputs import Inputs, Options
 
@@ -215,7 +215,8 @@ def linear_attention(
                 f"segment_ids: are of queries and keys, so key must have the {tokens} tokens of "
                 f"query; got {key.shape[1]}"
             )
-        segment_ids = _runs(segment_ids, (batch, tokens))
+        begins = segment_begins(segment_ids, (batch, tokens))
+        segment_ids = jnp.cumsum(begins, axis=1, dtype=jnp.int32)
 
     axes = partition.current_axes()
     epsilon = float(epsilon) if normalize else None
@@ -445,14 +446,3 @@ def _shaped(array: Array, name: str, shape: tuple[int, ...]) -> Array:
             f"the heads of query or of value; got {array.shape}"
         )
     return array
-
-
-def _runs(segment_ids: ArrayLike, shape: tuple[int, ...]) -> Int[Array, "B T"]:
-    """Numbers the runs of equal ids of each row, from 0."""
-    segment_ids = jnp.asarray(segment_ids)
-    if segment_ids.shape != shape:
-        raise ValueError(f"segment_ids: must have shape {shape}; got {segment_ids.shape}")
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise TypeError(f"segment_ids: must be integers; got {segment_ids.dtype}")
-    begins = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(jnp.cumsum(begins, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))

@@ -18,7 +18,7 @@ from pallas_kernels.linear import tpu_chunk, tpu_tiles
 from pallas_kernels.linear.inputs import Inputs, Options
 from pallas_kernels.linear.tpu_gates import LOWEST, constant_gate, gate_of
 from pallas_kernels.linear.tpu_tiles import Tiling, filled
-from pallas_kernels.tpu import LANES, VMEM_BYTES, generation
+from pallas_kernels.tpu import FEWEST_TOKENS, LANES, compiler_params, generation, result
 
 TILES = {
     4: {"scalar": (128, 8, 16), "others": (128, 8, 16)},
@@ -28,9 +28,6 @@ TILES = {
 tokens of a chunk, memories of a grid step at most, and chunks of a step, of all its memories, where
 there are as many. See docs/benchmarks.md."""
 
-FEWEST = 16
-"""Tokens from which on a kernel is worth its start; fewer are steps."""
-
 
 def supports(*, options: Options, inputs: Inputs) -> str | None:
     """Returns why the kernels do not serve a call, or None."""
@@ -38,8 +35,8 @@ def supports(*, options: Options, inputs: Inputs) -> str | None:
         return "it has causal attention only"
     if inputs.query.dtype == jnp.float64:
         return "it does not compute in float64"
-    if inputs.query.shape[1] < FEWEST:
-        return f"it takes {FEWEST} tokens or more; got {inputs.query.shape[1]}"
+    if inputs.query.shape[1] < FEWEST_TOKENS:
+        return f"it takes {FEWEST_TOKENS} tokens or more; got {inputs.query.shape[1]}"
     if options.kept % (2 * LANES):
         return f"chunk_size must divide {2 * LANES}; got {options.chunk_size}"
     return None
@@ -60,7 +57,7 @@ def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Array, ...]:
     operands, specs = _operands(options, x, call, tiling)
     width = x.value.shape[3]
     shapes = _state_shapes(options, x)
-    like = functools.partial(tpu_tiles.like, operands["query"])
+    like = functools.partial(result, like=operands["query"])
     tokens = tiling.tiles * tiling.rows
     out = {
         "out": like((tiling.batch, tokens, x.heads * filled(width)), x.precision),
@@ -85,7 +82,7 @@ def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Array, ...]:
             [pltpu.VMEM((tiling.step, *shape), jnp.float32) for shape in shapes],
             _fixed_scratch(call, tiling),
         ],
-        compiler_params=_params(),
+        compiler_params=compiler_params(),
     )(operands)
     out = results["out"].reshape(tiling.batch, tokens, x.heads, -1)
     out = out[:, : x.query.shape[1], :, :width].astype(x.query.dtype)
@@ -146,7 +143,7 @@ def backward(options: Options, names: Sequence[str], *arguments: Array | None) -
         "d_state": [tiling.by_memory(shape) for shape in shapes],
     }
     out, out_specs = {}, {}
-    like = functools.partial(tpu_tiles.like, operands["query"])
+    like = functools.partial(result, like=operands["query"])
     for name in call.tokens:
         if name not in names:
             continue
@@ -172,7 +169,7 @@ def backward(options: Options, names: Sequence[str], *arguments: Array | None) -
             [pltpu.VMEM((tiling.step, *shape), jnp.float32) for shape in shapes],
             _fixed_scratch(call, tiling),
         ],
-        compiler_params=_params(),
+        compiler_params=compiler_params(),
     )(operands)
     gradients = dict(
         zip(x.state_shapes(options), _cut(options, x, results["state"], 2), strict=True)
@@ -418,9 +415,3 @@ def _values(ins: Any, fixed: Any) -> dict[str, Any]:
         chosen, rows = ins["taylor"]
         values["taylor"] = (chosen[0], chosen[1]), rows[...]
     return values
-
-
-def _params() -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
-    )

@@ -9,7 +9,6 @@ lie as rows, [B, steps, memories, T].
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
@@ -112,8 +111,3 @@ def step_of(x: Inputs, most: int) -> int:
         return x.heads % step == 0 and all(s % x.heads == 0 or x.heads % s == 0 for s in shares)
 
     return next(step for step in range(min(most, x.heads), 0, -1) if fits(step))
-
-
-def like(array: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Returns the type of a result."""
-    return tpu.result(shape, dtype, array)

@@ -29,9 +29,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import choose, partition
+from pallas_kernels.checks import segment_begins
 from pallas_kernels.scan import reference, tpu, xla
 from pallas_kernels.scan.inputs import (
     Gated,
@@ -261,7 +262,7 @@ def _called(
         chunk_size = CHUNK_SIZE
     elif not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: must be a positive integer or None; got {chunk_size!r}")
-    begins = None if segment_ids is None else _begins(segment_ids, tokens[0].shape[:2])
+    begins = None if segment_ids is None else segment_begins(segment_ids, tokens[0].shape[:2])
     inputs = Inputs(tokens, parameters, begins, state)
     axes = partition.current_axes()
     scan = function.removesuffix("_scan")
@@ -415,14 +416,3 @@ def _checked_state(state: Any, kind: type, shapes: dict[str, tuple[int, ...]], d
         part = _floating(getattr(state, name), f"initial_state: {name}", " ".join(sizes), **sizes)
         parts[name] = part.astype(dtype)
     return kind(**parts)
-
-
-def _begins(segment_ids: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "B T"]:
-    """Returns which tokens begin a segment; the first one of a call continues a state."""
-    segment_ids = jnp.asarray(segment_ids)
-    if segment_ids.shape != shape:
-        raise ValueError(f"segment_ids: must have shape {shape}; got {segment_ids.shape}")
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise TypeError(f"segment_ids: must be integers; got {segment_ids.dtype}")
-    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changed, ((0, 0), (1, 0)))

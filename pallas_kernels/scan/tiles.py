@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels import tpu
-from pallas_kernels.tpu import LANES, VMEM_BYTES
+from pallas_kernels.tpu import LANES
 
 ROWS = 8
 """Tokens in a register."""
@@ -107,13 +106,6 @@ def tiling(
 def padded(array: Array, tiling: Tiling) -> Array:
     """Fills channels, the last dimension, up with zeros."""
     return tpu.padded(array, array.ndim - 1, tiling.channels)
-
-
-def params() -> pltpu.CompilerParams:
-    """Returns how kernels are compiled."""
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
-    )
 
 
 def loop(rows: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:

@@ -6,12 +6,9 @@ from jaxtyping import Array
 
 from pallas_kernels.scan import tpu_gated, tpu_selective
 from pallas_kernels.scan.inputs import Inputs, Options, Selective
-from pallas_kernels.tpu import LANES
+from pallas_kernels.tpu import FEWEST_TOKENS, LANES
 
 KERNELS = {"gated": tpu_gated, "selective": tpu_selective}
-
-FEWEST = 16
-"""Tokens from which on a kernel is worth its start; fewer are steps."""
 
 LONGEST = 512
 """Tokens in a tile."""
@@ -30,8 +27,8 @@ def supports(*, options: Options, inputs: Inputs) -> str | None:
         return "it does not compute in float64"
     if "float16" in dtypes:
         return "it does not take float16"
-    if inputs.out.shape[1] < FEWEST:
-        return f"it takes {FEWEST} tokens or more; got {inputs.out.shape[1]}"
+    if inputs.out.shape[1] < FEWEST_TOKENS:
+        return f"it takes {FEWEST_TOKENS} tokens or more; got {inputs.out.shape[1]}"
     if options.chunk_size % LANES or options.chunk_size > LONGEST:
         return (
             f"chunk_size must be a multiple of {LANES}, at most {LONGEST}; got {options.chunk_size}"

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from pallas_kernels.scan import tiles
 from pallas_kernels.scan.inputs import Gated, Inputs, Options, Parameters, ScanState
 from pallas_kernels.scan.tiles import ROWS, STEP, Tiling
-from pallas_kernels.tpu import result
+from pallas_kernels.tpu import compiler_params, result
 
 WIDEST = 1024
 """Channels in a tile, at most."""
@@ -47,7 +47,7 @@ def forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Any, ...]:
         out_specs=[out_specs],
         out_shape=[out],
         scratch_shapes=[pltpu.VMEM((1, tiling.lanes), jnp.float32)],
-        compiler_params=tiles.params(),
+        compiler_params=compiler_params(),
     )(tokens, rest, state)[0]
     width = x.out.shape[2]
     states = [ScanState(array[..., 0, :width]) for array in (last, *kept)]
@@ -137,7 +137,7 @@ def backward(
             pltpu.VMEM((tiling.rows, tiling.lanes), jnp.float32),
             pltpu.VMEM((1, tiling.lanes), jnp.float32),
         ],
-        compiler_params=tiles.params(),
+        compiler_params=compiler_params(),
     )(tokens, rest, d_out, before, after)
     width = x.out.shape[2]
     gradients = Gated(d_x[..., :width], d_log_decay[..., :width])

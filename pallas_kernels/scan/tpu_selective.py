@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.scan import tiles
 from pallas_kernels.scan.inputs import Inputs, Options, Parameters, ScanState, Selective
 from pallas_kernels.scan.tiles import ROWS, STEP, Tiling
-from pallas_kernels.tpu import LANES, result
+from pallas_kernels.tpu import LANES, compiler_params, result
 
 LOG2E = math.log2(math.e)
 """Rates are in base 2, as is the exponential that a TPU has."""
@@ -116,7 +116,7 @@ def forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Any, ...]:
             }
             | ({"continues": wide} if x.begins is not None else {})
         ],
-        compiler_params=tiles.params(),
+        compiler_params=compiler_params(),
     )(arrays)[0]
     size, width = x.state.hidden.shape[1:]
     states = [ScanState(results[n][..., :size, :width]) for n in ("last", "kept") if n in results]
@@ -306,7 +306,7 @@ def backward(
             }
             | dict.fromkeys(names, wide)
         ],
-        compiler_params=tiles.params(),
+        compiler_params=compiler_params(),
     )(arrays)[0]
 
     size, width = x.state.hidden.shape[1:]

@@ -21,7 +21,7 @@ from pallas_kernels.tiled.schedule import FEWEST, Grid, schedule, split
 from pallas_kernels.tiled.scores import LOG2E, Operands, Scores, dot, parts
 from pallas_kernels.tiled.tiles import Tiling
 from pallas_kernels.tiled.tpu_backward import backward
-from pallas_kernels.tpu import LANES, VMEM_BYTES, result
+from pallas_kernels.tpu import LANES, compiler_params, result
 
 __all__ = ["backward", "forward", "supports"]
 
@@ -109,10 +109,7 @@ def forward(
             result((batch, heads, tiling.row_tiles, 1, tiling.rows), jnp.float32, query),
         ],
         scratch_shapes=[scratch],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES,
-        ),
+        compiler_params=compiler_params(),
     )(rows, operands.arrays, query, key, value)
     out = jnp.swapaxes(out[:, :, :queries], 1, 2).astype(x.query.dtype)
     lse = lse.reshape(batch, heads, -1)[:, :, :queries]

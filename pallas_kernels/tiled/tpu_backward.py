@@ -29,7 +29,7 @@ from pallas_kernels.tiled.schedule import Grid, split, transposed_schedules
 from pallas_kernels.tiled.scores import LOG2E, Operands, Scores, distance, dot, parts
 from pallas_kernels.tiled.sums import Step, Sum
 from pallas_kernels.tiled.tiles import Tiling
-from pallas_kernels.tpu import LANES, VMEM_BYTES, result
+from pallas_kernels.tpu import LANES, compiler_params, result
 
 TILES = {
     4: {(1024, 1024, 1024, 512): 2250, (512, 512, 512, 512): 2339, (256, 256, 256, 256): 2716},
@@ -224,12 +224,9 @@ def _call(
             place + index: sorted(specs).index(name) for index, name in enumerate(sorted(carried))
         },
         scratch_shapes=[scratch],
-        compiler_params=pltpu.CompilerParams(
-            # What is summed over batch or heads in device memory is summed by one core.
-            dimension_semantics=("arbitrary",) * 3
-            if any(total.in_place for total in wanted.values())
-            else ("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES,
+        # What is summed over batch or heads in device memory is summed by one core.
+        compiler_params=compiler_params(
+            parallel=not any(total.in_place for total in wanted.values())
         ),
     )(*args, carried)
     if transposed:
