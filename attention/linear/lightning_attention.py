@@ -251,6 +251,7 @@ RECORD = Mechanism(
     time="O(T)",
     memory="O(T)",
     kernel="linear",
+    implementations=("reference", "xla", "pallas_tpu"),
     has_weights=False,
     function=lightning_attention,
     step=lightning_attention_step,
