@@ -75,9 +75,17 @@ def _scans(direction: str) -> dict[str, LinearCase]:
     calls = {
         "gated scan": (scan.gated_scan, (rows, rows)),
         "selective scan": (scan.selective_scan, (rows, rows, rates, vectors, vectors)),
+        "softmax scan": (
+            scan.softmax_scan,
+            (
+                ShapeDtypeStruct((1, TOKENS, HEADS), jnp.bfloat16),
+                ShapeDtypeStruct((1, TOKENS, HEADS, FEATURES), jnp.bfloat16),
+            ),
+        ),
     }
     found = {}
     for name, (called, arguments) in calls.items():
+        channels = CHANNELS if len(arguments[1].shape) == 3 else HEADS * FEATURES
 
         def function(*arrays: Array, called: Callable[..., Array] = called) -> Array:
             return called(*arrays, implementation="pallas_tpu")
@@ -85,7 +93,7 @@ def _scans(direction: str) -> dict[str, LinearCase]:
         found[f"{name}, a head of 128 channels"] = LinearCase(
             directed(direction, function, range(len(arguments))),
             arguments,
-            units=TOKENS * CHANNELS // 128,
+            units=TOKENS * channels // 128,
             forward="_forward",
         )
     return found

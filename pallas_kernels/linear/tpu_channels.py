@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.linear.tpu_gates import Features, Gate, Memories
-from pallas_kernels.linear.tpu_matrix import (
+from pallas_kernels.tpu_matrix import (
     ROWS,
     dot,
     exchanged,

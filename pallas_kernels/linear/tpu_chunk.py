@@ -24,8 +24,8 @@ from pallas_kernels.linear.tpu_gates import (
     momentum_gates,
     step_gates,
 )
-from pallas_kernels.linear.tpu_matrix import dot, iota, turned
 from pallas_kernels.linear.tpu_tiles import Tiling, filled
+from pallas_kernels.tpu_matrix import dot, iota, turned
 
 Chunk = dict[str, Any]
 """Tokens by name: of each head of the step [C, features], and numbers as rows [memories, C]."""

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.linear.tpu_matrix import across, dot, iota, lower, rolled, turned
 from pallas_kernels.tpu import LANES
+from pallas_kernels.tpu_matrix import across, dot, iota, lower, rolled, turned
 
 LOWEST = -120.0
 """Of logarithms: float32 has no smaller exponential but 0."""

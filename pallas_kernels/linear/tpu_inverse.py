@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.linear.tpu_matrix import (
+from pallas_kernels.tpu_matrix import (
     ROWS,
     Parts,
     dot,

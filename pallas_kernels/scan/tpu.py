@@ -1,14 +1,16 @@
-"""Scans as Pallas kernels for TPU: the gated and the selective scan."""
+"""Scans as Pallas kernels for TPU: which calls they serve."""
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.scan import tpu_gated, tpu_selective
+from pallas_kernels.scan import tpu_gated, tpu_selective, tpu_softmax
 from pallas_kernels.scan.inputs import Inputs, Options, Selective
 from pallas_kernels.tpu import FEWEST_TOKENS, LANES
 
-KERNELS = {"gated": tpu_gated, "selective": tpu_selective}
+KERNELS = {"gated": tpu_gated, "selective": tpu_selective, "softmax": tpu_softmax}
 
 LONGEST = 512
 """Tokens in a tile."""
@@ -20,13 +22,9 @@ of channels."""
 
 def supports(*, options: Options, inputs: Inputs) -> str | None:
     """Returns why the kernels do not serve a call, or None."""
-    if options.scan not in KERNELS:
-        return f"it has no {options.scan} scan"
     dtypes = {array.dtype.name for array in inputs.tokens}
     if "float64" in dtypes:
         return "it does not compute in float64"
-    if "float16" in dtypes:
-        return "it does not take float16"
     if inputs.out.shape[1] < FEWEST_TOKENS:
         return f"it takes {FEWEST_TOKENS} tokens or more; got {inputs.out.shape[1]}"
     if options.chunk_size % LANES or options.chunk_size > LONGEST:
@@ -46,14 +44,29 @@ def supports(*, options: Options, inputs: Inputs) -> str | None:
 
 def forward(options: Options, x: Inputs) -> tuple[Any, ...]:
     """Returns the output and the last state."""
-    return KERNELS[options.scan].forward(options, x, keep=False)
+    return _forward(options, x, keep=False)
 
 
 def forward_keeping(options: Options, x: Inputs) -> tuple[Any, ...]:
     """Returns, too, the states before all chunks."""
-    return KERNELS[options.scan].forward(options, x, keep=True)
+    return _forward(options, x, keep=True)
+
+
+def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Any, ...]:
+    out, *states = KERNELS[options.scan].forward(options, _taken(x), keep=keep)
+    return out.astype(x.out.dtype), *states
 
 
 def backward(options: Options, x: Inputs, kept: Any, d_out: Array, d_state: Any) -> tuple[Any, ...]:
     """Returns the gradients of tokens, parameters and initial state; see `xla.backward`."""
-    return KERNELS[options.scan].backward(options, x, kept, d_out, d_state)
+    tokens, *others = KERNELS[options.scan].backward(options, _taken(x), kept, d_out, d_state)
+    return jax.tree.map(lambda g, array: g.astype(array.dtype), tokens, x.tokens), *others
+
+
+def _taken(x: Inputs) -> Inputs:
+    """Returns the inputs with float16, which a TPU does not have, in float32."""
+
+    def wide(array: Array) -> Array:
+        return array.astype(jnp.float32) if array.dtype == jnp.float16 else array
+
+    return x._replace(tokens=jax.tree.map(wide, x.tokens))

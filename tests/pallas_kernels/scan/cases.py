@@ -194,6 +194,10 @@ TPU_CASES = {
     "selective, bfloat16": Case(
         "selective", 128, 1, 256, 8, groups=2, chunk=None, skip=False, bias=False, softplus=False
     ),
+    "softmax, float32": Case(
+        "softmax", 136, 1, 6, 130, groups=2, chunk=None, segments=True, state=True
+    ),
+    "softmax, bfloat16": Case("softmax", 256, 1, 16, 64, groups=1, chunk=256),
 }
 """What the TPU kernels serve: chunks of the default size, channels and numbers that fill registers
 or do not."""

@@ -57,6 +57,27 @@ def test_decays_of_0_and_1():
     assert_close((gradients, results), case.gradients(arrays, "reference"), factor=4)
 
 
+def test_scores_of_any_size():
+    """Some tokens are left out, and so are all before the first."""
+    case = Case("softmax", tokens=130, batch=1, chunk=None, segments=True)
+    arrays = case.arrays(np.float32)
+    arrays["score"] = jnp.where(jnp.arange(130)[:, None] % 5 == 0, -jnp.inf, 30 * arrays["score"])
+    gradients, results = _kernel(case, arrays)
+    assert (results[0][:, 0] == 0).all()
+    assert (gradients["value"][:, ::5] == 0).all()
+    assert_close((gradients, results), case.gradients(arrays, "reference"), factor=4)
+
+
+def test_float16():
+    case = Case("softmax", tokens=20, batch=1, chunk=None)
+    arrays = case.arrays(np.float16)
+    gradients, results = _kernel(case, arrays)
+    assert results[0].dtype == jnp.float16
+    chex.assert_trees_all_equal_dtypes(gradients, arrays)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    assert_close((gradients, results), case.gradients(wide, "reference"), jnp.float16)
+
+
 def test_sharded():
     """Over eight devices, each with its part of batch and channels."""
     case = Case("gated", tokens=20, batch=4, chunk=None, segments=True, state=True)
@@ -79,8 +100,7 @@ VECTORS = jnp.ones((1, 32, 2, 3))
 @pytest.mark.parametrize(
     ("scan", "args", "options", "reason"),
     [
-        (softmax_scan, (X, X[..., None]), {}, "it has no softmax scan"),
-        (gated_scan, (jnp.float16(X), -X), {}, "it does not take float16"),
+        (softmax_scan, (X[:, :4], X[:, :4, :, None]), {}, "it takes 16 tokens or more; got 4"),
         (gated_scan, (X[:, :4], -X[:, :4]), {}, "it takes 16 tokens or more; got 4"),
         (
             gated_scan,

@@ -18,6 +18,10 @@ WIDE = Case("selective", tokens=65536, batch=1, channels=2048, features=16, chun
 LARGE = {
     "gated, 64k tokens": (dataclasses.replace(WIDE, scan="gated"), TOPOLOGIES[0]),
     "selective, 64k tokens": (WIDE, TOPOLOGIES[1]),
+    "softmax, 64k tokens": (
+        dataclasses.replace(WIDE, scan="softmax", channels=12, features=64),
+        TOPOLOGIES[1],
+    ),
     "selective, 256 numbers": (
         dataclasses.replace(WIDE, tokens=256, channels=384, features=256),
         TOPOLOGIES[0],
@@ -31,7 +35,7 @@ CASES = LARGE | {
 
 
 def _types(case, dtype):
-    narrow = ("x", "delta", "B", "C", "log_decay")
+    narrow = ("x", "delta", "B", "C", "log_decay", "score", "value")
     return {
         name: jax.ShapeDtypeStruct(shape, dtype if name in narrow else jnp.float32)
         for name, shape in case.shapes.items()
@@ -67,7 +71,7 @@ def test_forward_and_backward_are_a_kernel_each(name):
     assert _kernels(text) == 2
 
 
-@pytest.mark.parametrize("scan", ("gated", "selective"))
+@pytest.mark.parametrize("scan", ("gated", "selective", "softmax"))
 def test_forward_alone(scan):
     case = TPU_CASES[f"{scan}, float32"]
 
