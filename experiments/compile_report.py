@@ -350,7 +350,9 @@ def read_schedules(dump: Path, calls: Mapping[str, Call]) -> list[Schedule]:
     """Reads the compiler's reports on kernels that are given by name."""
     found = []
     for path in sorted(dump.glob("*-final_bundles.txt")):
-        named = re.fullmatch(r"(\d+-(.+?)(?:\.\d+)?)-\d+-final_bundles", path.stem)
+        # A kernel's only result may be named after the operand that it is next.
+        pattern = r"(\d+-(.+?)(?:\.\d+)?(?:\.ins_\w*)?)-\d+-final_bundles"
+        named = re.fullmatch(pattern, path.stem)
         if named is None or named[2] not in calls:
             continue
         (table,) = dump.glob(

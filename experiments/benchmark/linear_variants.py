@@ -95,6 +95,10 @@ VARIANTS = {
     "normalised Taylor, keys of 16": Variant(
         options={"feature_map": "taylor", "normalize": True}, key_features=16
     ),
+    "to all tokens": Variant(options={"causal": False}),
+    "to all tokens, normalised elu + 1": Variant(
+        options={"causal": False, "feature_map": "elu_plus_one", "normalize": True}
+    ),
     "lightning, 8 query and 2 key heads": Variant(constant_decay=True, key_heads=2, value_heads=2),
     "gated DeltaNet, 2 query and 8 value heads": Variant(
         SCALAR | DELTA, query_heads=2, key_heads=2

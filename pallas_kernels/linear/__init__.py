@@ -48,7 +48,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import choose, partition
 from pallas_kernels.checks import check_arrays, segment_begins
-from pallas_kernels.linear import features, noncausal, reference, tpu, xla
+from pallas_kernels.linear import features, reference, tpu, xla
 from pallas_kernels.linear.inputs import Inputs, Options
 
 IMPLEMENTATIONS = {"xla": xla, "reference": reference, "pallas_tpu": tpu}
@@ -243,9 +243,7 @@ def linear_attention(
         inputs=inputs,
     )
     inputs = Inputs(*partition.aligned(inputs, inputs.dims, axes, _NAMES))
-    attend = _attend if causal else _attend_to_all
-    if implementation == "reference":
-        attend = _defined
+    attend = _defined if implementation == "reference" else _attend
     out, *state = attend(options, inputs)
     out = (out if factor is None else factor.astype(accumulator) * out).astype(dtype)
     if not return_state:
@@ -287,19 +285,8 @@ def init_linear_state(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _defined(options: Options, inputs: Inputs) -> tuple[Array, ...]:
-    return _differentiated_by_jax(reference.forward, options, inputs)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _attend_to_all(options: Options, inputs: Inputs) -> tuple[Array, ...]:
-    return _differentiated_by_jax(noncausal.forward, options, inputs)
-
-
-def _differentiated_by_jax(
-    forward: Callable[..., tuple[Array, ...]], options: Options, inputs: Inputs
-) -> tuple[Array, ...]:
     outs = ("btnv", *inputs.state_dims(options))
-    forward = functools.partial(forward, options)
+    forward = functools.partial(reference.forward, options)
     return partition.sharded(forward, inputs.dims, outs, options.axes)(*inputs)
 
 

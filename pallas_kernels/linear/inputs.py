@@ -93,8 +93,8 @@ class Inputs(NamedTuple):
         return tuple("bnhv"[: len(shape)] for shape in self.state_shapes(options).values())
 
     def kept_shapes(self, options: Options) -> tuple[tuple[int, ...], ...]:
-        """Returns the shapes of the states that are kept."""
-        count = -(-self.query.shape[1] // options.kept)
+        """Returns the shapes of the states that are kept; the only one if not causal."""
+        count = -(-self.query.shape[1] // options.kept) if options.causal else 1
         return tuple((batch, count, *rest) for batch, *rest in self.state_shapes(options).values())
 
     def kept_dims(self, options: Options) -> tuple[str, ...]:

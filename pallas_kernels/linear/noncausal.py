@@ -6,6 +6,7 @@ over chunks; they keep memories, and compute all else again.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,9 +27,8 @@ class _Chunks(NamedTuple):
     runs: Int[Array, "chunks B C"] | None
 
 
-def forward(options: Options, *inputs: Array | None) -> tuple[Array, ...]:
+def forward(options: Options, x: Inputs) -> tuple[Array, ...]:
     """Returns the output in the dtype of the query, and the state: that of the last segment."""
-    x = Inputs(*inputs)
     tokens = Tokens.of(x)
     query, key, value = (a.astype(x.precision) for a in tokens[:3])
     key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
@@ -49,6 +49,25 @@ def forward(options: Options, *inputs: Array | None) -> tuple[Array, ...]:
     if options.epsilon is not None:
         out = out[..., :-1] / (out[..., -1:] + options.epsilon)
     return (options.scale * out).astype(x.query.dtype), *unpacked(options, (memory,))
+
+
+def forward_keeping(options: Options, x: Inputs) -> tuple[Array, ...]:
+    """Returns, too, the state to keep."""
+    out, *state = forward(options, x)
+    return out, *state, *(part[:, None] for part in state)
+
+
+def backward(
+    options: Options, names: Sequence[str], x: Inputs, *rest: Array | None
+) -> tuple[Array, ...]:
+    """Returns the gradients of the inputs with these names, see `xla.backward`."""
+    # A sum over all keys is quick to make again, and what is kept does not have those of segments.
+    cotangents = rest[len(x.state_shapes(options)) :]
+
+    def results(*given: Array) -> tuple[Array, ...]:
+        return forward(options, x._replace(**dict(zip(names, given, strict=True))))
+
+    return jax.vjp(results, *(getattr(x, name) for name in names))[1](cotangents)
 
 
 def _attend(options: Options, chunks: _Chunks, memory: Array) -> tuple[Array, Array]:

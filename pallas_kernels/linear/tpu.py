@@ -14,25 +14,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.linear import tpu_chunk, tpu_tiles
+from pallas_kernels.linear import tpu_chunk, tpu_noncausal, tpu_tiles
 from pallas_kernels.linear.inputs import Inputs, Options
+from pallas_kernels.linear.tpu_blocks import (
+    chunks_of,
+    cut_states,
+    filled_states,
+    fixed_values,
+    gradient_block,
+    gradient_of,
+    heads_of,
+    loaded_states,
+    state_shapes,
+    store,
+    store_states,
+    taylor_operand,
+)
 from pallas_kernels.linear.tpu_gates import LOWEST, constant_gate, gate_of
 from pallas_kernels.linear.tpu_tiles import Tiling, filled
-from pallas_kernels.tpu import FEWEST_TOKENS, LANES, compiler_params, generation, result
-
-TILES = {
-    4: {"scalar": (128, 8, 16), "others": (128, 8, 16)},
-    6: {"scalar": (256, 8, 8), "others": (128, 8, 16)},
-}
-"""By generation from which on, for gates of one decay without the delta rule and for all others:
-tokens of a chunk, memories of a grid step at most, and chunks of a step, of all its memories, where
-there are as many. See docs/benchmarks.md."""
+from pallas_kernels.tpu import FEWEST_TOKENS, LANES, compiler_params, result
 
 
 def supports(*, options: Options, inputs: Inputs) -> str | None:
     """Returns why the kernels do not serve a call, or None."""
-    if not options.causal:
-        return "it has causal attention only"
+    if not options.causal and inputs.runs is not None:
+        return "it has no segments if causal is False"
     if inputs.query.dtype == jnp.float64:
         return "it does not compute in float64"
     if inputs.query.shape[1] < FEWEST_TOKENS:
@@ -44,19 +50,21 @@ def supports(*, options: Options, inputs: Inputs) -> str | None:
 
 def forward(options: Options, *inputs: Array | None) -> tuple[Array, ...]:
     """Returns the output in the dtype of the query, and the state after the last token."""
-    return _forward(options, Inputs(*inputs), keep=False)
+    forward = _forward if options.causal else tpu_noncausal.forward
+    return forward(options, Inputs(*inputs), keep=False)
 
 
 def forward_keeping(options: Options, *inputs: Array | None) -> tuple[Array, ...]:
     """Returns, too, what the backward needs: the states before each span of `options.kept`."""
-    return _forward(options, Inputs(*inputs), keep=True)
+    forward = _forward if options.causal else tpu_noncausal.forward
+    return forward(options, Inputs(*inputs), keep=True)
 
 
 def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Array, ...]:
     call, tiling = _cut_up(options, x, reverse=False)
     operands, specs = _operands(options, x, call, tiling)
     width = x.value.shape[3]
-    shapes = _state_shapes(options, x)
+    shapes = state_shapes(options, x)
     like = functools.partial(result, like=operands["query"])
     tokens = tiling.tiles * tiling.rows
     out = {
@@ -86,8 +94,8 @@ def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Array, ...]:
     )(operands)
     out = results["out"].reshape(tiling.batch, tokens, x.heads, -1)
     out = out[:, : x.query.shape[1], :, :width].astype(x.query.dtype)
-    state = _cut(options, x, results["state"], 2)
-    kept = _cut(options, x, results.get("kept", ()), 3)
+    state = cut_states(options, x, results["state"], 2)
+    kept = cut_states(options, x, results.get("kept", ()), 3)
     return out, *state, *kept
 
 
@@ -100,15 +108,15 @@ def _forward_kernel(
             state[...] = initial[...]
         _fix(call, tiling, ins, fixed)
 
-    chunks = _chunks(call, tiling, ins)
-    before = _loaded_states(tiling, states)
+    chunks = chunks_of(call, tiling, ins)
+    before = loaded_states(tiling, states)
     results, befores, after = tpu_chunk.attend_to(call, tiling, _values(ins, fixed), before, chunks)
-    _store(tiling, outs["out"], results)
+    store(tiling, outs["out"], results)
     for span, before in enumerate(befores[:: tiling.kept // tiling.chunk]):
         for i, ref in enumerate(outs.get("kept", ())):
             for memory, state in enumerate(before):
                 ref[span, memory] = state[i].astype(ref.dtype)
-    _store_states(states, after)
+    store_states(states, after)
 
     @pl.when(pl.program_id(2) == tiling.tiles - 1)
     def _() -> None:
@@ -120,6 +128,8 @@ def backward(options: Options, names: Sequence[str], *arguments: Array | None) -
     """Returns the gradients of the inputs with these names, see `xla.backward`."""
     count = len(Inputs._fields)
     x, rest = Inputs(*arguments[:count]), arguments[count:]
+    if not options.causal:
+        return tpu_noncausal.backward(options, names, x, *rest)
     constant = x.log_decay is not None and x.log_decay.ndim == 2 and "log_decay" in names
     given = x
     if constant:
@@ -128,10 +138,10 @@ def backward(options: Options, names: Sequence[str], *arguments: Array | None) -
         x = x._replace(log_decay=jnp.broadcast_to(x.log_decay[:, None], shape))
     call, tiling = _cut_up(options, x, reverse=True)
     operands, specs = _operands(options, x, call, tiling)
-    shapes = _state_shapes(options, x)
+    shapes = state_shapes(options, x)
     states = len(shapes)
     kept, d_out, d_state = rest[:states], rest[states], rest[states + 1 :]
-    padded = functools.partial(_filled_states, shapes=shapes)
+    padded = functools.partial(filled_states, shapes=shapes)
     operands |= {
         "kept": padded(kept, tokens=tiling.tiles * tiling.rows // tiling.kept),
         "d_out": tiling.laid_out(d_out.astype(x.precision)),
@@ -147,15 +157,14 @@ def backward(options: Options, names: Sequence[str], *arguments: Array | None) -
     for name in call.tokens:
         if name not in names:
             continue
-        array, spec, shape, dtype = operands[name], specs[name], None, None
-        if array.ndim == 3:
+        if operands[name].ndim == 3:
             heads = getattr(x, name).shape[2]
-            parts = tiling.grid[1] * tiling.heads(heads) // heads
-            shape = (*array.shape[:2], parts * array.shape[2])
-            dtype = array.dtype if parts == 1 else jnp.float32
-            spec = tiling.by_token(heads * parts, array.shape[2] // heads)
-        out[name] = like(shape or array.shape, dtype or array.dtype)
-        out_specs[name] = spec
+            out[name], out_specs[name] = gradient_block(tiling, operands[name], heads)
+        else:
+            out[name], out_specs[name] = (
+                like(operands[name].shape, operands[name].dtype),
+                specs[name],
+            )
     out["state"] = [like((tiling.batch, x.heads, *shape), jnp.float32) for shape in shapes]
     out_specs["state"] = specs["d_state"]
     results = pl.pallas_call(
@@ -172,10 +181,10 @@ def backward(options: Options, names: Sequence[str], *arguments: Array | None) -
         compiler_params=compiler_params(),
     )(operands)
     gradients = dict(
-        zip(x.state_shapes(options), _cut(options, x, results["state"], 2), strict=True)
+        zip(x.state_shapes(options), cut_states(options, x, results["state"], 2), strict=True)
     )
     for name in set(out) - {"state"}:
-        gradients[name] = _gradient(results[name], getattr(x, name))
+        gradients[name] = gradient_of(results[name], getattr(x, name))
     if constant:
         gradient = jnp.sum(gradients["log_decay"], axis=1)
         alone = given.log_decay.shape[0] == 1 < gradient.shape[0]
@@ -200,13 +209,13 @@ def _backward_kernel(
         tuple(ref[0, memory].astype(jnp.float32) for ref in ins["kept"])
         for memory in range(tiling.step)
     ]
-    _, transpose = jax.vjp(attend, before, _chunks(call, tiling, ins))
-    d_results = _heads(tiling, ins["d_out"], call.width, jnp.float32)
-    d_before, d_chunks = transpose((d_results, _loaded_states(tiling, d_states)))
+    _, transpose = jax.vjp(attend, before, chunks_of(call, tiling, ins))
+    d_results = heads_of(tiling, ins["d_out"], call.width, jnp.float32)
+    d_before, d_chunks = transpose((d_results, loaded_states(tiling, d_states)))
     for name in call.tokens:
         if name in outs:
-            _store(tiling, outs[name], [chunk[name] for chunk in d_chunks])
-    _store_states(d_states, d_before)
+            store(tiling, outs[name], [chunk[name] for chunk in d_chunks])
+    store_states(d_states, d_before)
 
     @pl.when(pl.program_id(2) == tiling.tiles - 1)
     def _() -> None:
@@ -216,16 +225,11 @@ def _backward_kernel(
 
 def _cut_up(options: Options, x: Inputs, *, reverse: bool) -> tuple[tpu_chunk.Call, Tiling]:
     """Returns the static part of a call, and how it is cut into chunks and tiles."""
-    tiles = TILES[max(known for known in TILES if known <= max(generation(), min(TILES)))]
     others = x.beta is not None or x.log_momentum is not None
     others = others or (x.log_decay is not None and x.log_decay.ndim == 4)
-    chunk, most, together = tiles["others" if others else "scalar"]
-    # Wider features than the 128 of the table take as much more memory.
-    mapped, width = (filled(n) for n in next(iter(x.state_shapes(options).values()))[2:])
-    wider = max((mapped + width) * x.precision.itemsize // (4 * LANES), 1)
-    step = tpu_tiles.step_of(x, max(most // wider, 1))
+    chunk, step, most = tpu_tiles.sizes(options, x, "others" if others else "scalar")
     spans = pl.cdiv(x.query.shape[1], options.kept)
-    longest = max(together // wider * chunk // (step * options.kept), 1)
+    longest = max(most // options.kept, 1)
     rows = options.kept * max(n for n in range(1, longest + 1) if spans % n == 0)
     tiling = Tiling(
         batch=x.query.shape[0],
@@ -272,118 +276,16 @@ def _operands(
         operands["real"] = tiling.row_of(jnp.ones_like(x.query, shape=x.query.shape[:2]))
         specs["real"] = tiling.numbers(heads=1)
     if call.feature_map == "taylor":
-        chosen, rows = tpu_chunk.taylor_matrices(call)
-        operands["taylor"] = [jnp.asarray(chosen, x.precision), jnp.asarray(rows)]
-        specs["taylor"] = [
-            pl.BlockSpec(array.shape, lambda b, n, i, zeros=(0,) * array.ndim: zeros)
-            for array in (chosen, rows)
-        ]
+        operands["taylor"], specs["taylor"] = taylor_operand(call)
     if call.gate == "constant":
         log_decay = jnp.zeros((1, x.heads)) if x.log_decay is None else x.log_decay
         operands["slopes"] = jnp.maximum(log_decay.astype(jnp.float32), LOWEST)
         specs["slopes"] = pl.BlockSpec(memory_space=pltpu.SMEM)
-    shapes = _state_shapes(options, x)
+    shapes = state_shapes(options, x)
     initial = x.initial_state(options).values()
-    operands["state"] = _filled_states(tuple(initial), shapes=shapes)
+    operands["state"] = filled_states(tuple(initial), shapes=shapes)
     specs["state"] = [tiling.by_memory(shape) for shape in shapes]
     return operands, specs
-
-
-def _state_shapes(options: Options, x: Inputs) -> list[tuple[int, int]]:
-    """Returns the shapes of the parts of a memory's state, as matrices of whole registers."""
-    shapes = (shape[2:] for shape in x.state_shapes(options).values())
-    return [
-        (filled(shape[0]), filled(shape[1])) if len(shape) == 2 else (1, filled(shape[0]))
-        for shape in shapes
-    ]
-
-
-def _filled_states(
-    states: Sequence[Array], *, shapes: Sequence[tuple[int, int]], tokens: int | None = None
-) -> list[Array]:
-    """Fills parts of states up to these shapes; if they are of spans, to a number of them."""
-    results = []
-    for state, shape in zip(states, shapes, strict=True):
-        lead = 2 if tokens is None else 3
-        state = state[..., None, :] if state.ndim == lead + 1 else state
-        ends = ((0, size - had) for size, had in zip(shape, state.shape[lead:], strict=True))
-        spans = () if tokens is None else ((0, tokens - state.shape[1]),)
-        results.append(jnp.pad(state, ((0, 0), *spans, (0, 0), *ends)))
-    return results
-
-
-def _cut(options: Options, x: Inputs, states: Sequence[Array], lead: int) -> list[Array]:
-    """Is the inverse of `_filled_states`."""
-    if not states:
-        return []
-    results = []
-    for state, shape in zip(states, x.state_shapes(options).values(), strict=True):
-        if lead == 3:
-            state = state[:, : x.kept_shapes(options)[0][1]]
-        state = state[..., : shape[2], :] if len(shape) == 4 else state[..., 0, :]
-        results.append(state[..., : shape[-1]])
-    return results
-
-
-def _gradient(result: Array, array: Array) -> Array:
-    """Returns the gradient of an array of tokens in its shape, from what a kernel wrote."""
-    batch, tokens, heads = array.shape[:3]
-    if result.ndim == 4 and array.ndim != 4:
-        return jnp.swapaxes(result.reshape(batch, heads, -1), 1, 2)[:, :tokens]
-    width = filled(array.shape[3])
-    result = result[:, :tokens].reshape(batch, tokens, heads, -1, width)[..., : array.shape[3]]
-    return result[:, :, :, 0] if result.shape[3] == 1 else result.sum(3)
-
-
-def _slices(tiling: Tiling) -> list[Any]:
-    """Returns the rows of the chunks of a tile."""
-    return [pl.ds(start, tiling.chunk) for start in range(0, tiling.rows, tiling.chunk)]
-
-
-def _chunks(call: tpu_chunk.Call, tiling: Tiling, ins: Any) -> list[tpu_chunk.Chunk]:
-    """Returns the tokens of a tile."""
-    chunks = [{} for _ in _slices(tiling)]
-    for name in (*call.tokens, "begins", "real"):
-        if name not in ins:
-            continue
-        shape = call.shape(name, tiling.memories)
-        if shape is None:
-            values = [ins[name][:, rows] for rows in _slices(tiling)]
-        else:
-            values = _heads(tiling, ins[name], shape[1])
-        for chunk, value in zip(chunks, values, strict=True):
-            chunk[name] = value
-    return chunks
-
-
-def _heads(tiling: Tiling, ref: Any, width: int, dtype: Any = None) -> list[list[Array]]:
-    """Returns the heads of the chunks of a tile."""
-    starts = range(0, ref.shape[1], width)
-    return [
-        [ref[rows, start : start + width].astype(dtype or ref.dtype) for start in starts]
-        for rows in _slices(tiling)
-    ]
-
-
-def _store(tiling: Tiling, ref: Any, chunks: Sequence[Any]) -> None:
-    """Writes what there is of each chunk: of each head, or numbers of all."""
-    for rows, values in zip(_slices(tiling), chunks, strict=True):
-        if not isinstance(values, list):
-            ref[:, rows] = values.astype(ref.dtype)
-            continue
-        for i, value in enumerate(values):
-            width = value.shape[1]
-            ref[rows, i * width : (i + 1) * width] = value.astype(ref.dtype)
-
-
-def _store_states(refs: Any, states: Sequence[tuple[Array, ...]]) -> None:
-    for memory, state in enumerate(states):
-        for ref, value in zip(refs, state, strict=True):
-            ref[memory] = value
-
-
-def _loaded_states(tiling: Tiling, refs: Any) -> list[tuple[Array, ...]]:
-    return [tuple(ref[memory] for ref in refs) for memory in range(tiling.step)]
 
 
 def _fixed_scratch(call: tpu_chunk.Call, tiling: Tiling) -> list[Any]:
@@ -411,7 +313,4 @@ def _values(ins: Any, fixed: Any) -> dict[str, Any]:
     if fixed:
         memories = range(fixed[0].shape[0])
         values["gates"] = [gate_of(*(ref[memory] for ref in fixed)) for memory in memories]
-    if "taylor" in ins:
-        chosen, rows = ins["taylor"]
-        values["taylor"] = (chosen[0], chosen[1]), rows[...]
-    return values
+    return values | fixed_values(ins)

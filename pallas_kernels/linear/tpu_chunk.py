@@ -89,7 +89,8 @@ class Call:
     @property
     def needs_real(self) -> bool:
         """Returns whether what fills up the last chunk must be told from tokens."""
-        return self.ragged and ("log_momentum" in self.tokens or self.feature_map is not None)
+        known = "log_momentum" not in self.tokens and self.feature_map is None
+        return self.ragged and not (known and self.epsilon != 0)
 
     @property
     def exact(self) -> bool:
@@ -147,7 +148,7 @@ def attend_to(
         if call.epsilon is not None:
             totals = [total for _, total in states]
             outs = [
-                out / (_weights(x, total) + call.epsilon)
+                normalised(call, out, _weights(x, total), x.real)
                 for out, x, total in zip(outs, of_chunk, totals, strict=True)
             ]
             after = [
@@ -170,14 +171,16 @@ class _Prepared(NamedTuple):
     step: Float[Array, "C 1"] | None
     below: Float[Array, "C C"] | None
     """The system of the delta rule, as the step."""
+    real: Float[Array, "C 1"] | None
+    """0 for what is no token."""
 
 
 def _prepared(call: Call, tiling: Tiling, fixed: dict[str, Any], chunk: Chunk) -> list[_Prepared]:
-    taylor, real = fixed.get("taylor"), _column(chunk, "real")
-    query = [_mapped(call, taylor, x, None) for x in chunk["query"]]
-    key = [_mapped(call, taylor, x, real) for x in chunk["key"]]
+    taylor, real = fixed.get("taylor"), column_of(chunk, "real")
+    query = [mapped_features(call, taylor, x, None) for x in chunk["query"]]
+    key = [mapped_features(call, taylor, x, real) for x in chunk["key"]]
     gates = fixed["gates"] if call.gate == "constant" else _gates(call, chunk)
-    steps = _column(chunk, "beta")
+    steps = column_of(chunk, "beta")
     results = []
     for memory, gate in enumerate(gates):
         q, k, v = (
@@ -185,14 +188,14 @@ def _prepared(call: Call, tiling: Tiling, fixed: dict[str, Any], chunk: Chunk) -
             for x, count in zip((query, key, chunk["value"]), call.heads, strict=True)
         )
         if steps is None:
-            results.append(_Prepared(gate, q, k, v, *gate.scores((q,), k), None, None))
+            results.append(_Prepared(gate, q, k, v, *gate.scores((q,), k), None, None, real))
             continue
         step, before = steps[:, memory : memory + 1], gate.before()
         if before is gate:
             scores, of_keys = gate.scores((q, k), k)
         else:
             (scores,), (of_keys,) = gate.scores((q,), k), before.scores((k,), k)
-        results.append(_Prepared(gate, q, k, v, scores, step, step * of_keys))
+        results.append(_Prepared(gate, q, k, v, scores, step, step * of_keys, real))
     return results
 
 
@@ -202,7 +205,7 @@ def _weights(x: _Prepared, total: Float[Array, "1 F"]) -> Float[Array, "C 1"]:
 
 
 def _gates(call: Call, chunk: Chunk) -> Sequence[Gate]:
-    begins = _column(chunk, "begins")
+    begins = column_of(chunk, "begins")
     if call.gate == "channel":
         gates = []
         for log_decay in chunk["log_decay"]:
@@ -215,14 +218,26 @@ def _gates(call: Call, chunk: Chunk) -> Sequence[Gate]:
     if "log_momentum" not in chunk:
         return gates
     momentums = step_gates(chunk["log_momentum"])
-    return momentum_gates(gates, momentums, begins, _column(chunk, "real"))
+    return momentum_gates(gates, momentums, begins, column_of(chunk, "real"))
 
 
-def _column(chunk: Chunk, name: str) -> Float[Array, "C 1"] | None:
+def normalised(
+    call: Call,
+    out: Float[Array, "C V"],
+    weights: Float[Array, "C 1"],
+    real: Float[Array, "C 1"] | None,
+) -> Float[Array, "C V"]:
+    """Divides by the sums of weights; there is none of what is no token."""
+    weights += call.epsilon
+    return out / (weights if real is None else jnp.where(real > 0, weights, 1))
+
+
+def column_of(chunk: Chunk, name: str) -> Float[Array, "C 1"] | None:
+    """Returns numbers of tokens, if there are any, as a column."""
     return turned(chunk[name]) if name in chunk else None
 
 
-def _mapped(
+def mapped_features(
     call: Call, taylor: Any, x: Float[Array, "C H"], real: Float[Array, "C 1"] | None
 ) -> Features:
     """Returns the features of queries or keys, in their dtype: zeros for what is not real."""

@@ -14,8 +14,16 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from pallas_kernels import tpu
-from pallas_kernels.linear.inputs import Inputs
-from pallas_kernels.tpu import LANES
+from pallas_kernels.linear.inputs import Inputs, Options
+from pallas_kernels.tpu import LANES, generation
+
+TILES = {
+    4: {"scalar": (128, 8, 16), "others": (128, 8, 16)},
+    6: {"scalar": (256, 8, 8), "others": (128, 8, 16)},
+}
+"""By generation from which on, for gates of one decay without the delta rule and for all others:
+tokens of a chunk, memories of a grid step at most, and chunks of a step, of all its memories, where
+there are as many. See docs/benchmarks.md."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,3 +119,20 @@ def step_of(x: Inputs, most: int) -> int:
         return x.heads % step == 0 and all(s % x.heads == 0 or x.heads % s == 0 for s in shares)
 
     return next(step for step in range(min(most, x.heads), 0, -1) if fits(step))
+
+
+def sizes(options: Options, x: Inputs, kind: str) -> tuple[int, int, int]:
+    """Returns the tokens of a chunk, the memories of a grid step, and its tokens at most.
+
+    Args:
+      options: of the call.
+      x: the inputs.
+      kind: of `TILES`.
+    """
+    tiles = TILES[max(known for known in TILES if known <= max(generation(), min(TILES)))]
+    chunk, most, together = tiles[kind]
+    # Wider features than the 128 of the table take as much more memory.
+    mapped, width = (filled(n) for n in next(iter(x.state_shapes(options).values()))[2:])
+    wider = max((mapped + width) * x.precision.itemsize // (4 * LANES), 1)
+    step = step_of(x, max(most // wider, 1))
+    return chunk, step, together // wider * chunk // step

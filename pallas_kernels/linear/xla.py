@@ -3,7 +3,8 @@
 What a chunk does is in `gates`, and for the delta rule in `delta`. The forward keeps the memory
 before each span of some chunks for the backward, which walks over spans and chunks from the last to
 the first: it computes the memories before the chunks of a span again, and takes the derivative of
-one chunk at a time. Tokens after the last whole chunk are a shorter chunk of their own.
+one chunk at a time. Tokens after the last whole chunk are a shorter chunk of their own. Attention
+that is not causal is in `noncausal`.
 """
 
 import functools
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.chunks import Part, chunk_loop, chunk_parts
-from pallas_kernels.linear import delta, features, gates, products
+from pallas_kernels.linear import delta, features, gates, noncausal, products
 from pallas_kernels.linear.inputs import Inputs, Options
 from pallas_kernels.linear.layout import (
     Tokens,
@@ -35,12 +36,15 @@ def supports(**call: object) -> str | None:
 
 def forward(options: Options, *inputs: Array | None) -> tuple[Array, ...]:
     """Returns the output in the dtype of the query, and the state after the last token."""
-    return _forward(options, Inputs(*inputs), ())
+    x = Inputs(*inputs)
+    return _forward(options, x, ()) if options.causal else noncausal.forward(options, x)
 
 
 def forward_keeping(options: Options, *inputs: Array | None) -> tuple[Array, ...]:
     """Returns, too, what the backward needs: the states before each span."""
     x = Inputs(*inputs)
+    if not options.causal:
+        return noncausal.forward_keeping(options, x)
     kept = (_zeros(x, shape, x.precision) for shape in x.kept_shapes(options))
     return _forward(options, x, tuple(kept))
 
@@ -90,6 +94,8 @@ def backward(options: Options, names: Sequence[str], *arguments: Array | None) -
     """
     count = len(Inputs._fields)
     x, rest = Inputs(*arguments[:count]), arguments[count:]
+    if not options.causal:
+        return noncausal.backward(options, names, x, *rest)
     tokens, groups = Tokens.of(x), group_count(x)
     state = tuple(x.state_shapes(options))
     kept, d_out, d_state = rest[: len(state)], rest[len(state)], rest[len(state) + 1 :]

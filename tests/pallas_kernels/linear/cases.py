@@ -43,6 +43,7 @@ class Case:
     state: bool = False
     scale: float = 1.0
     bound: float | None = None
+    epsilon: float = 1e-6
 
     def arrays(self, dtype=np.float64, seed=0):
         """Returns the differentiable arguments by name, those of the state by their own."""
@@ -109,6 +110,7 @@ class Case:
         return {
             "feature_map": self.feature_map,
             "normalize": self.normalize,
+            "epsilon": self.epsilon,
             "causal": self.causal,
             "scale": self.scale,
             "segment_ids": self.segment_ids(),
@@ -272,6 +274,18 @@ TPU_CASES = {
     "relu": Case(256, **ONE, decay=None, normalize=True, feature_map="relu"),
     "taylor": Case(131, **ONE, features=5, decay=None, normalize=True, feature_map="taylor"),
     "delta of features": Case(20, **ONE, features=5, decay="step", beta=True, feature_map="taylor"),
+    "no sum of weights to add to": Case(131, **ONE, decay=None, normalize=True, epsilon=0.0),
+    "all": Case(20, 1, 10, 1, decay=None, causal=False, keys=301, scale=0.25),
+    "all, bfloat16": Case(256, **ONE, decay=None, causal=False),
+    "all, normalised": Case(
+        301, **ONE, decay=None, causal=False, keys=20, normalize=True, epsilon=0.0
+    ),
+    "all, elu": Case(
+        131, 1, 2, 1, decay=None, causal=False, normalize=True, feature_map="elu_plus_one"
+    ),
+    "all, taylor": Case(
+        20, **ONE, features=5, decay=None, causal=False, normalize=True, feature_map="taylor"
+    ),
 }
 """What the TPU kernels serve: tiles of 256 tokens, chunks of 128 and features in registers of 128,
 full or not; more memories than a grid step has."""

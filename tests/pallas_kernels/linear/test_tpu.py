@@ -141,7 +141,11 @@ X = jnp.ones((1, 32, 1, 4))
 @pytest.mark.parametrize(
     ("arrays", "options", "reason"),
     (
-        ((X, X, X), dict(causal=False), "it has causal attention only"),
+        (
+            (X, X, X),
+            dict(causal=False, segment_ids=np.ones((1, 32), int)),
+            "it has no segments if causal is False",
+        ),
         ((X[:, :15],) * 3, {}, "it takes 16 tokens or more; got 15"),
         ((X, X, X), dict(chunk_size=96), "chunk_size must divide 256; got 96"),
     ),

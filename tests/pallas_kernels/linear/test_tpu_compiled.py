@@ -39,7 +39,7 @@ def _gradients(case):
 
 def _kernels(compiled):
     """Returns the names of the kernels that a program calls."""
-    return re.findall(r"%(\w+)[.\d]* = .*\"tpu_custom_call\"", compiled.as_text())
+    return re.findall(r"%([a-z_]+)\S* = .*\"tpu_custom_call\"", compiled.as_text())
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -48,6 +48,16 @@ def test_forward_and_backward_are_a_kernel_each(variant, topology):
     case = _case(variant, state=True)
     compiled = compile_for_tpu(_gradients(case), _types(case), topology=topology)
     assert _kernels(compiled) == BOTH
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("variant", ("decay", "taylor"))
+def test_to_all_tokens(variant, topology):
+    """A kernel for what keys write and one for what queries read, and for the gradients of each."""
+    case = _case(variant, causal=False, decay=None, keys=256, state=True)
+    compiled = compile_for_tpu(_gradients(case), _types(case), topology=topology)
+    names = ("read_backward", "read_forward", "sum_backward", "sum_forward")
+    assert sorted(_kernels(compiled)) == [f"linear_{name}" for name in names]
 
 
 @pytest.mark.parametrize(
