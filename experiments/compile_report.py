@@ -319,8 +319,11 @@ def _compile(
         "bytes_per_bundle": tpu.mem_bw_bytes_per_second / bundles_per_second,
     }
     works = None if case.kernels is None else dict(case.kernels)
+    # XLA drops what no result needs.
+    program = compiled.as_text()
+    calls = {name: x for name, x in pallas_calls(traced.jaxpr).items() if name in program}
     # A primitive that becomes a kernel when it is lowered hides it: then the case names it.
-    calls = dict.fromkeys(works or (), Call(None, None)) | pallas_calls(traced.jaxpr)
+    calls = dict.fromkeys(works or (), Call(None, None)) | calls
     return found, calls, works
 
 

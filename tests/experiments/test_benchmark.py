@@ -388,11 +388,11 @@ def test_linear_cases_of_ours_and_of_peers(implemented, monkeypatch):
             assert case.units in (8 * 4096, 16384) and features == 128
             assert memories == (1 if name == linear_cases.LONG else 2 if "2 key" in name else 8)
         scans = [case for name, case in found.items() if f"{direction}," in name and "scan" in name]
-        assert [case.units for case in scans] == [4096 * 2048 // 128] * 2
+        assert [case.units for case in scans] == [4096 * 2048 // 128] * 2 + [4096 * 8]
         peer = found[f"{direction}, tokamax Kimi Delta Attention"]
         if importlib.util.find_spec("tokamax") is None:
             assert "'.[peers]'" in peer
-    assert len({*found}) == 2 * (len(linear_variants.VARIANTS) + 4)
+    assert len({*found}) == 2 * (len(linear_variants.VARIANTS) + 5)
 
 
 def test_linear_variants_fit_linear_attention():
