@@ -1,11 +1,14 @@
 """Data and processes that the tests of the experiments share."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from experiments.errors import ExperimentError
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,3 +80,24 @@ def run_command(command):
         return process.returncode, out, err
 
     return run
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, data_directory):
+    """Calls a command's `main` in this process, which it must leave with a message.
+
+    Returns a function that gives exit code and message.
+    """
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_directory))
+
+    def call(module: str, *arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        try:
+            importlib.import_module(module).main()
+        except ExperimentError as error:
+            return error.exit_code, str(error)
+        except SystemExit as error:
+            return error.code, "".join(capsys.readouterr())
+        raise AssertionError(f"{module} takes {arguments}")
+
+    return call

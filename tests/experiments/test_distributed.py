@@ -73,11 +73,6 @@ def test_two_processes_give_the_losses_of_one_where_they_read_the_same_rows(
     command, run_command, tmp_path
 ):
     # With tensor=4 over both processes each reads every row, as one process does.
-    options = ("--mesh.tensor", 2, "--mesh.fsdp", 1, "--mesh.data", 2, "--steps", 10)
-    finish(start_pair(command, "--run", tmp_path / "two", *options))
-    both = losses(tmp_path / "two")
-    assert sorted(both) == list(range(1, 11)) and all(np.isfinite(list(both.values())))
-
     spanning = ("--mesh.tensor", 4, "--model.num-heads", 4, "--steps", 10)
     finish(start_pair(command, "--run", tmp_path / "span", *spanning))
     code, out, err = run_command(
@@ -86,6 +81,7 @@ def test_two_processes_give_the_losses_of_one_where_they_read_the_same_rows(
     assert code == 0, out + err
     one, two = losses(tmp_path / "one"), losses(tmp_path / "span")
     assert one.keys() == two.keys()
+    assert sorted(one) == list(range(1, 11))
     for step in one:
         assert abs(one[step] - two[step]) < 1e-4, (step, one[step], two[step])
 

@@ -16,6 +16,7 @@ from experiments.errors import ExperimentError
 from experiments.step import Trainer, learning_rate
 from tests.numerics import assert_close
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = presets()["tiny"]
 
 
