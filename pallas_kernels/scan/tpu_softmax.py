@@ -2,48 +2,49 @@
 
 Within 128 tokens it is attention by a constant query: weights exp(s_j - m_i) of the tokens j up to
 each token i, with m_i the largest score so far, so that none is above 1; then a matrix product with
-the values. The state before is one more token, with its total for a weight.
+the values. The state before is one more token. What there is one number of for a token and head,
+the largest score and the sum of weights, is scanned along the lanes, eight heads in a register.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.scan.inputs import Inputs, Options, Parameters, Softmax, SoftmaxState
-from pallas_kernels.scan.tiles import Tiling
+from pallas_kernels.scan.tiles import ROWS, Tiling
 from pallas_kernels.tpu import LANES, compiler_params, padded, result
-from pallas_kernels.tpu_matrix import dot, iota
-
-HEADS = 8
-"""Heads of a grid step, at most."""
-PARTS = 3
-"""Rows of a head's state: maximum and total, the same in all lanes, and the weighted sum."""
+from pallas_kernels.tpu_matrix import dot, iota, rolled, turned
 
 
 class _Heads:
     """How the heads of a call are cut: `step` of scores and `shared` of values in a grid step."""
 
     def __init__(self, x: Inputs, chunk_size: int, *, reverse: bool = False) -> None:
-        batch, tokens, heads, features = x.out.shape
+        batch, tokens, heads, self.features = x.out.shape
         self.value_heads = x.tokens.value.shape[2]
         group = heads // self.value_heads
         self.step = next(
             n
-            for n in range(min(HEADS, heads), 0, -1)
+            for n in range(min(ROWS, heads), 0, -1)
             if heads % n == 0 and (n % group == 0 or group % n == 0)
         )
         self.shared = max(self.step // group, 1)
         self.group = min(group, self.step)
         """Heads of scores of a grid step that have the same values."""
         self.steps = heads // self.step
-        self.width = -(-features // LANES) * LANES
-        self.features = features
+        self.width = -(-self.features // LANES) * LANES
         lanes = self.step * self.width
         self.tiling = Tiling(batch, tokens, heads * self.width, chunk_size, lanes, reverse)
+
+    @property
+    def time(self) -> int:
+        """Returns the number of tokens of all tiles."""
+        return self.tiling.grid[2] * self.tiling.rows
 
     def values(self, own: bool = False) -> pl.BlockSpec:
         """Is the block of values; of their gradients, `own`, each grid step has one."""
@@ -56,15 +57,15 @@ class _Heads:
         return pl.BlockSpec((None, tiling.rows, lanes), block)
 
     def scores(self) -> pl.BlockSpec:
-        """Is the block of [B, steps, heads, T]."""
+        """Is the block of [B, steps, 8, T]."""
         tiling = self.tiling
-        shape = (None, None, self.step, tiling.rows)
+        shape = (None, None, ROWS, tiling.rows)
         return pl.BlockSpec(shape, lambda b, c, i: (b, c, 0, tiling.time(i)))
 
-    def row(self) -> pl.BlockSpec:
-        """Is the block of [B, 1, T]."""
+    def begins(self) -> pl.BlockSpec:
+        """Is the block of [B, 8, T]."""
         tiling = self.tiling
-        return pl.BlockSpec((None, 1, tiling.rows), lambda b, c, i: (b, 0, tiling.time(i)))
+        return pl.BlockSpec((None, ROWS, tiling.rows), lambda b, c, i: (b, 0, tiling.time(i)))
 
     def lanes(self, head: int) -> Any:
         """Returns the columns of a head in a block."""
@@ -72,40 +73,75 @@ class _Heads:
 
     def laid_out(self, array: Float[Array, "B T N V"]) -> Float[Array, "B time _"]:
         """Returns heads side by side, with whole registers and whole tiles of tokens."""
-        tiling = self.tiling
-        array = padded(padded(array, 3, self.width), 1, tiling.grid[2] * tiling.rows)
+        array = padded(padded(array, 3, self.width), 1, self.time)
         return array.reshape(*array.shape[:2], -1)
 
-    def state(self, state: SoftmaxState) -> Float[Array, "... 3 _"]:
-        """Returns states as three rows, heads side by side."""
+    def state(self, state: SoftmaxState) -> dict[str, Array]:
+        """Returns states as kernels take them: [..., steps, 16, 128] numbers, [..., 1, N V]."""
+        numbers = jnp.stack([state.maximum, state.total], axis=-2)
+        numbers = numbers.reshape(*numbers.shape[:-1], self.steps, self.step)
+        numbers = padded(jnp.swapaxes(numbers, -3, -2), numbers.ndim - 1, ROWS)
+        numbers = numbers.reshape(*numbers.shape[:-2], 2 * ROWS, 1)
         weighted = padded(state.weighted, state.weighted.ndim - 1, self.width)
-        numbers = (state.maximum, state.total)
-        parts = [*(jnp.broadcast_to(n[..., None], weighted.shape) for n in numbers), weighted]
-        return jnp.stack([part.reshape(*part.shape[:-2], -1) for part in parts], axis=-2)
+        return {
+            "numbers": jnp.broadcast_to(numbers, (*numbers.shape[:-1], LANES)),
+            "weighted": weighted.reshape(*weighted.shape[:-2], 1, -1),
+        }
 
-    def states(self, rows: Float[Array, "... 3 _"]) -> SoftmaxState:
+    def states(self, state: dict[str, Array]) -> SoftmaxState:
         """Is the inverse of `state`."""
-        rows = rows.reshape(*rows.shape[:-1], -1, self.width)
-        maximum, total, weighted = jnp.unstack(rows, axis=-3)
-        return SoftmaxState(maximum[..., 0], total[..., 0], weighted[..., : self.features])
+        numbers = state["numbers"][..., 0]
+        numbers = numbers.reshape(*numbers.shape[:-1], 2, ROWS)[..., : self.step]
+        maximum, total = (numbers[..., i, :] for i in (0, 1))
+        maximum, total = (x.reshape(*x.shape[:-2], -1) for x in (maximum, total))
+        weighted = state["weighted"][..., 0, :]
+        weighted = weighted.reshape(*weighted.shape[:-1], -1, self.width)
+        return SoftmaxState(maximum, total, weighted[..., : self.features])
+
+    def state_blocks(self, chunks: bool = False) -> dict[str, pl.BlockSpec]:
+        """Are the blocks of one state, or of those before all chunks."""
+        tiling, shape = self.tiling, (2 * ROWS, LANES)
+        if chunks:
+            numbers = pl.BlockSpec(
+                (None, None, None, *shape), lambda b, c, i: (b, tiling.time(i), c, 0, 0)
+            )
+            return {"numbers": numbers, "weighted": tiling.by_chunk(1)}
+        numbers = pl.BlockSpec((None, None, *shape), lambda b, c, i: (b, c, 0, 0))
+        return {"numbers": numbers, "weighted": tiling.by_row(1)}
+
+    def state_types(self, like: Array, chunks: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the types of one state, or of those before all chunks."""
+        lead = (self.tiling.batch, *((self.tiling.grid[2],) if chunks else ()))
+        shapes = {
+            "numbers": (*lead, self.steps, 2 * ROWS, LANES),
+            "weighted": (*lead, 1, self.tiling.channels),
+        }
+        return {name: result(shape, jnp.float32, like) for name, shape in shapes.items()}
+
+    def scratch(self) -> dict[str, Any]:
+        """Returns memory for a state."""
+        return {
+            "numbers": pltpu.VMEM((2 * ROWS, LANES), jnp.float32),
+            "weighted": pltpu.VMEM((1, self.tiling.lanes), jnp.float32),
+        }
 
 
-def _operands(x: Inputs, heads: _Heads) -> tuple[dict[str, Array], dict[str, Any]]:
+def _operands(x: Inputs, heads: _Heads) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arrays of both kernels by name, with their blocks."""
-    tiling = heads.tiling
+    batch, tokens, _ = x.tokens.score.shape
     score = jnp.swapaxes(x.tokens.score.astype(jnp.float32), 1, 2)
-    batch, time = tiling.batch, tiling.grid[2] * tiling.rows
-    # What stands behind the last token is left out.
-    widths = ((0, 0), (0, 0), (0, time - tiling.tokens))
-    score = jnp.pad(score, widths, constant_values=-jnp.inf)
+    score = score.reshape(batch, heads.steps, heads.step, tokens)
+    # What fills up heads and tokens is left out.
+    ends = ((0, 0), (0, 0), (0, ROWS - heads.step), (0, heads.time - tokens))
     arrays = {
-        "score": score.reshape(batch, heads.steps, heads.step, time),
+        "score": jnp.pad(score, ends, constant_values=-jnp.inf),
         "value": heads.laid_out(x.tokens.value),
     }
     specs = {"score": heads.scores(), "value": heads.values()}
     if x.begins is not None:
-        arrays["begins"] = padded(jnp.float32(x.begins)[:, None], 2, time)
-        specs["begins"] = heads.row()
+        begins = padded(jnp.float32(x.begins)[:, None], 2, heads.time)
+        arrays["begins"] = jnp.broadcast_to(begins, (batch, ROWS, heads.time))
+        specs["begins"] = heads.begins()
     return arrays, specs
 
 
@@ -114,17 +150,16 @@ def forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Any, ...]:
     heads = _Heads(x, options.chunk_size)
     tiling = heads.tiling
     arrays, specs = _operands(x, heads)
-    arrays["initial"], specs["initial"] = heads.state(x.state), tiling.by_row(PARTS)
-    batch, tiles, time = tiling.batch, tiling.grid[2], tiling.grid[2] * tiling.rows
-    like = functools.partial(result, like=arrays["value"])
+    arrays["initial"], specs["initial"] = heads.state(x.state), heads.state_blocks()
+    like = arrays["value"]
     outs = {
-        "out": like((batch, time, tiling.channels), x.out.dtype),
-        "last": like((batch, PARTS, tiling.channels), jnp.float32),
+        "out": result((tiling.batch, heads.time, tiling.channels), x.out.dtype, like),
+        "last": heads.state_types(like),
     }
-    out_specs = {"out": tiling.by_token(), "last": tiling.by_row(PARTS)}
+    out_specs = {"out": tiling.by_token(), "last": heads.state_blocks()}
     if keep:
-        outs["kept"] = like((batch, tiles, PARTS, tiling.channels), jnp.float32)
-        out_specs["kept"] = tiling.by_chunk(PARTS)
+        outs["kept"] = heads.state_types(like, chunks=True)
+        out_specs["kept"] = heads.state_blocks(chunks=True)
     results = pl.pallas_call(
         functools.partial(_forward_kernel, heads),
         name="softmax_scan_forward",
@@ -132,36 +167,41 @@ def forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Any, ...]:
         in_specs=[specs],
         out_specs=[out_specs],
         out_shape=[outs],
-        scratch_shapes=[pltpu.VMEM((PARTS, tiling.lanes), jnp.float32)],
+        scratch_shapes=[heads.scratch()],
         compiler_params=compiler_params(),
     )(arrays)[0]
-    out = results["out"].reshape(batch, time, -1, heads.width)
+    out = results["out"].reshape(tiling.batch, heads.time, -1, heads.width)
     states = [heads.states(results[name]) for name in ("last", "kept") if name in results]
     return out[:, : tiling.tokens, :, : heads.features], *states
 
 
-def _forward_kernel(heads: _Heads, refs: dict, outs: dict, state: Any) -> None:
-    tiling = heads.tiling
-
-    @pl.when(tiling.first)
+def _forward_kernel(heads: _Heads, refs: dict, outs: dict, state: dict) -> None:
+    @pl.when(heads.tiling.first)
     def _() -> None:
-        state[...] = refs["initial"][...]
+        _copy(refs["initial"], state)
 
     if "kept" in outs:
-        outs["kept"][...] = state[...]
-    for rows in _slices(tiling):
-        masks = _masks(refs, rows)
+        _copy(state, outs["kept"])
+    for rows in _slices(heads.tiling):
+        tokens = _tokens(refs, rows, state["numbers"][...])
         for head in range(heads.step):
             lanes = heads.lanes(head)
             value = refs["value"][rows, heads.lanes(head // heads.group)]
-            found = _attend(masks, refs["score"][head : head + 1, rows], value, state[:, lanes])
-            maximum, _, _, total, weighted, out = found
+            weights = tokens.weights(head)
+            weighted = dot(weights, value, 1, 0) + tokens.kept(head) * state["weighted"][:, lanes]
+            out = weighted * tokens.inverse(head)
             outs["out"][rows, lanes] = out.astype(outs["out"].dtype)
-            state[:, lanes] = _last(maximum, total, weighted)
+            state["weighted"][:, lanes] = weighted[LANES - 1 :]
+        state["numbers"][...] = tokens.after
 
-    @pl.when(tiling.last)
+    @pl.when(heads.tiling.last)
     def _() -> None:
-        outs["last"][...] = state[...]
+        _copy(state, outs["last"])
+
+
+def _copy(source: dict, target: dict) -> None:
+    for name, ref in source.items():
+        target[name][...] = ref[...]
 
 
 def _slices(tiling: Tiling) -> list[Any]:
@@ -169,57 +209,75 @@ def _slices(tiling: Tiling) -> list[Any]:
     return [pl.ds(start, LANES) for start in range(0, tiling.rows, LANES)]
 
 
-Masks = tuple[Bool[Array, "C C"], Bool[Array, "C 1"] | None]
+class _Tokens(NamedTuple):
+    """What 128 tokens and eight heads have before the values come in."""
+
+    score: Float[Array, "8 C"]
+    columns: Float[Array, "C 24"]
+    """Of each head the maximum, how much the state before counts, and 1 / total."""
+    seen: Bool[Array, "C C"]
+    after: Float[Array, "16 C"]
+    """Maximum and total after the last token."""
+
+    def weights(self, head: int) -> Float[Array, "C C"]:
+        """Returns exp(s_j - m_i) of the tokens that each sees."""
+        weights = jnp.exp(self.score[head : head + 1] - self.columns[:, head : head + 1])
+        return jnp.where(self.seen, weights, 0)
+
+    def kept(self, head: int) -> Float[Array, "C 1"]:
+        """Returns exp(m - m_i), with m the maximum before."""
+        return self.columns[:, ROWS + head : ROWS + head + 1]
+
+    def inverse(self, head: int) -> Float[Array, "C 1"]:
+        """Returns 1 / total, 0 where no token has been seen."""
+        return self.columns[:, 2 * ROWS + head : 2 * ROWS + head + 1]
 
 
-def _masks(refs: dict, rows: Any) -> Masks:
-    """Returns which tokens each attends to, and which do not see the state before."""
-    row, column = (iota((LANES, LANES), axis) for axis in (0, 1))
-    seen = column <= row
-    if "begins" not in refs:
-        return seen, None
-    # The column of the token that began the segment of each; -1 where it began before.
-    begins = jnp.where(seen & (refs["begins"][:, rows] > 0), column.astype(jnp.float32), -1)
-    first = jnp.max(begins, axis=1, keepdims=True)
-    return seen & (column.astype(jnp.float32) >= first), first >= 0
-
-
-def _attend(masks: Masks, score: Array, value: Array, state: Array) -> tuple[Array, ...]:
-    """Does 128 tokens of a head.
-
-    Args:
-      masks: of `_masks`.
-      score: [1, C].
-      value: [C, V].
-      state: before them, [3, V].
-
-    Returns:
-      Maximum, weights [C, C], weight of what was before, total, weighted sum [C, V] and output
-      [C, V] of each token; what is not said is [C, 1].
-    """
-    seen, dropped = masks
-    before = jnp.broadcast_to(state[:1, :1], (LANES, 1))
-    if dropped is not None:
-        before = jnp.where(dropped, -jnp.inf, before)
-    score = jnp.where(seen, score, -jnp.inf)
-    maximum = jnp.maximum(jnp.max(score, axis=1, keepdims=True), before)
+def _tokens(refs: dict, rows: Any, before: Float[Array, "16 C"]) -> _Tokens:
+    score = refs["score"][:, rows]
+    lane = iota(score.shape, 1)
+    seen = iota((LANES, LANES), 1) <= iota((LANES, LANES), 0)
+    begins = refs["begins"][:, rows] if "begins" in refs else None
+    # Of each token the first of its segment, and whether that is here.
+    first = None if begins is None else jnp.where(begins > 0, lane, -1).astype(jnp.float32)
+    maximum, total = score, jnp.where(score > -jnp.inf, 1.0, 0.0)
+    if first is not None:
+        for shift in _shifts():
+            first = jnp.maximum(first, jnp.where(lane >= shift, rolled(first, shift, 1), -1))
+        seen &= iota((LANES, LANES), 1).astype(jnp.float32) >= turned(first)[:, :1]
+    for shift in _shifts():
+        inside = lane >= shift
+        if first is not None:
+            # The tokens that are added end where those that are here begin.
+            inside &= (lane - shift).astype(jnp.float32) >= first
+        other = jnp.where(inside, rolled(maximum, shift, 1), -jnp.inf)
+        maximum, total, _ = _joined(
+            maximum, total, other, jnp.where(inside, rolled(total, shift, 1), 0)
+        )
+    was, sums = before[:ROWS], before[ROWS:]
+    if first is not None:
+        was = jnp.where(first < 0, was, -jnp.inf)
+    maximum, total, kept = _joined(maximum, total, was, sums)
     finite = jnp.where(maximum == -jnp.inf, 0, maximum)
-    weights, kept = jnp.exp(score - finite), jnp.exp(before - finite)
-    total = jnp.sum(weights, axis=1, keepdims=True) + kept * state[1:2, :1]
-    weighted = dot(weights, value, 1, 0) + kept * state[2:]
-    return maximum, weights, kept, total, weighted, weighted * _inverse(total)
+    inverse = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+    last = jnp.concatenate([maximum, total])[:, LANES - 1 :]
+    columns = turned(jnp.concatenate([finite, kept, inverse]))
+    after = jnp.broadcast_to(last, (2 * ROWS, LANES))
+    return _Tokens(score, columns, seen, after)
 
 
-def _inverse(total: Array) -> Array:
-    """Returns 1 / total, and 0 where there was no token."""
-    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+def _shifts() -> list[int]:
+    return [2**i for i in range(LANES.bit_length() - 1)]
 
 
-def _last(maximum: Array, total: Array, weighted: Array) -> Float[Array, "3 V"]:
-    """Returns the state after the last of some tokens."""
-    last = weighted[LANES - 1 :]
-    numbers = (jnp.broadcast_to(x[LANES - 1 :], last.shape) for x in (maximum, total))
-    return jnp.concatenate([*numbers, last])
+def _joined(
+    maximum: Array, total: Array, other: Array, other_total: Array
+) -> tuple[Array, Array, Array]:
+    """Returns maximum and total of both, and how much the other counts in them."""
+    joined = jnp.maximum(maximum, other)
+    finite = jnp.where(joined == -jnp.inf, 0, joined)
+    counts = jnp.exp(other - finite)
+    return joined, jnp.exp(maximum - finite) * total + counts * other_total, counts
 
 
 def backward(
@@ -227,102 +285,144 @@ def backward(
 ) -> tuple[Any, ...]:
     """Returns the gradients of tokens, parameters and initial state."""
     heads = _Heads(x, options.chunk_size, reverse=True)
-    tiling = heads.tiling
+    tiling, value = heads.tiling, x.tokens.value
     arrays, specs = _operands(x, heads)
+    like = arrays["value"]
     arrays |= {
         "d_out": heads.laid_out(d_out),
         "kept": heads.state(kept),
         "d_last": heads.state(d_state),
     }
-    by_row = tiling.by_row(PARTS)
-    specs |= {"d_out": tiling.by_token(), "kept": tiling.by_chunk(PARTS), "d_last": by_row}
-    batch, time = tiling.batch, tiling.grid[2] * tiling.rows
-    value = x.tokens.value
-    of_value = heads.steps * heads.shared  # gradients of heads of values
-    like = functools.partial(result, like=arrays["value"])
-    dtype = value.dtype if heads.value_heads == tiling.channels // heads.width else jnp.float32
+    specs |= {
+        "d_out": tiling.by_token(),
+        "kept": heads.state_blocks(chunks=True),
+        "d_last": heads.state_blocks(),
+    }
+    of_value = heads.steps * heads.shared * heads.width
+    alone = heads.value_heads * heads.width == tiling.channels
+    dtype = value.dtype if alone else jnp.float32
     results = pl.pallas_call(
         functools.partial(_backward_kernel, heads),
         name="softmax_scan_backward",
         grid=tiling.grid,
         in_specs=[specs],
-        out_specs=[{"score": heads.scores(), "value": heads.values(own=True), "initial": by_row}],
-        out_shape=[
+        out_specs=[
             {
-                "score": like(arrays["score"].shape, jnp.float32),
-                "value": like((batch, time, of_value * heads.width), dtype),
-                "initial": like(arrays["d_last"].shape, jnp.float32),
+                "score": heads.scores(),
+                "value": heads.values(own=True),
+                "initial": heads.state_blocks(),
             }
         ],
-        scratch_shapes=[pltpu.VMEM((PARTS, tiling.lanes), jnp.float32)],
+        out_shape=[
+            {
+                "score": result(arrays["score"].shape, jnp.float32, like),
+                "value": result((tiling.batch, heads.time, of_value), dtype, like),
+                "initial": heads.state_types(like),
+            }
+        ],
+        scratch_shapes=[heads.scratch()],
         compiler_params=compiler_params(),
     )(arrays)[0]
-    d_score = results["score"].reshape(batch, -1, time)[..., : tiling.tokens]
-    d_value = results["value"].reshape(batch, time, heads.value_heads, -1, heads.width)
-    d_value = d_value[:, : tiling.tokens, ..., : heads.features].sum(3)
+    d_score = results["score"][:, :, : heads.step, : tiling.tokens]
+    d_score = jnp.swapaxes(d_score.reshape(tiling.batch, -1, tiling.tokens), 1, 2)
+    d_value = results["value"][:, : tiling.tokens]
+    d_value = d_value.reshape(*d_value.shape[:2], heads.value_heads, -1, heads.width).sum(3)
     tokens = Softmax(
-        jnp.swapaxes(d_score, 1, 2).astype(x.tokens.score.dtype), d_value.astype(value.dtype)
+        d_score.astype(x.tokens.score.dtype), d_value[..., : heads.features].astype(value.dtype)
     )
     return tokens, Parameters(), heads.states(results["initial"])
 
 
-def _backward_kernel(heads: _Heads, refs: dict, outs: dict, d_state: Any) -> None:
-    tiling = heads.tiling
-
-    @pl.when(tiling.first)
+def _backward_kernel(heads: _Heads, refs: dict, outs: dict, d_state: dict) -> None:
+    @pl.when(heads.tiling.first)
     def _() -> None:
-        d_state[...] = refs["d_last"][...]
+        _copy(refs["d_last"], d_state)
 
-    slices = _slices(tiling)
-    masks = [_masks(refs, rows) for rows in slices]
+    slices, tokens = _slices(heads.tiling), []
+    befores = [refs["kept"]["numbers"][...]]
+    for rows in slices:
+        tokens.append(_tokens(refs, rows, befores[-1]))
+        befores.append(tokens[-1].after)
+    outs["score"][...] = jnp.zeros(outs["score"].shape, jnp.float32)
+    d_before = []
     for head in range(heads.step):
         lanes, of_value = heads.lanes(head), heads.lanes(head // heads.group)
-        score = slice(head, head + 1)
-        before, parts = refs["kept"][:, lanes], []
-        for rows, mask in zip(slices, masks, strict=True):
-            value = refs["value"][rows, of_value]
-            found = _attend(mask, refs["score"][score, rows], value, before)
-            parts.append((rows, value, before, found))
-            before = _last(found[0], *found[3:5])
-        after = d_state[:, lanes]
-        for rows, value, before, found in reversed(parts):
+        weighted, parts = refs["kept"]["weighted"][:, lanes], []
+        for rows, these in zip(slices, tokens, strict=True):
+            value, weights = refs["value"][rows, of_value], these.weights(head)
+            parts.append((weights, value, weighted))
+            sums = dot(weights, value, 1, 0) + these.kept(head) * weighted
+            parts[-1] += (sums * these.inverse(head),)
+            weighted = sums[LANES - 1 :]
+        d_total = d_state["numbers"][ROWS + head : ROWS + head + 1]
+        d_maximum = jnp.zeros_like(d_total)
+        d_weighted = d_state["weighted"][:, lanes]
+        for i in reversed(range(len(slices))):
+            rows, before = slices[i], befores[i]
             d_out = refs["d_out"][rows, lanes].astype(jnp.float32)
-            outs["score"][score, rows], d_value, after = _gradients(
-                found, value, before, d_out, after
+            d_score, d_value, d_maximum, d_total, d_weighted = _gradients(
+                tokens[i], head, *parts[i], before, d_out, d_total, d_weighted
             )
+            outs["score"][head : head + 1, rows] = d_score
             if head % heads.group:
                 d_value += outs["value"][rows, of_value].astype(jnp.float32)
             outs["value"][rows, of_value] = d_value.astype(outs["value"].dtype)
-        d_state[:, lanes] = after
+        d_state["weighted"][:, lanes] = d_weighted
+        d_before.append((d_maximum, d_total))
+    for head, numbers in enumerate(d_before):
+        for of, number in zip((0, ROWS), numbers, strict=True):
+            d_state["numbers"][of + head : of + head + 1] = number
 
-    @pl.when(tiling.last)
+    @pl.when(heads.tiling.last)
     def _() -> None:
-        outs["initial"][...] = d_state[...]
+        _copy(d_state, outs["initial"])
 
 
 def _gradients(
-    found: tuple[Array, ...], value: Array, before: Array, d_out: Array, after: Array
+    tokens: _Tokens,
+    head: int,
+    weights: Float[Array, "C C"],
+    value: Float[Array, "C V"],
+    weighted: Float[Array, "1 V"],
+    out: Float[Array, "C V"],
+    numbers: Float[Array, "16 C"],
+    d_out: Float[Array, "C V"],
+    after_total: Float[Array, "1 C"],
+    after_weighted: Float[Array, "1 V"],
 ) -> tuple[Array, ...]:
-    """Returns the gradients of scores [1, C], values [C, V] and the state before, [3, V].
+    """Returns the gradients of scores [1, C], values [C, V] and of the state before.
 
     Args:
-      found: what `_attend` returned.
-      value: as for `_attend`.
-      before: the state, as for `_attend`.
+      tokens: the tokens.
+      head: the head.
+      weights: of the tokens, among themselves.
+      value: the values.
+      weighted: of the state before.
+      out: the output.
+      numbers: maximum and total before.
       d_out: gradient of the output.
-      after: gradient of the state after; that of its maximum is nothing.
+      after_total: gradient of the total after; that of the maximum after is nothing.
+      after_weighted: gradient of the weighted sum after.
     """
-    _, weights, kept, total, _, out = found
-    d_weighted = d_out * _inverse(total)
-    d_total = -jnp.sum(d_weighted * out, axis=1, keepdims=True)
+    d_weighted = d_out * tokens.inverse(head)
+    d_total = -_row_sums(d_weighted * out, value.dtype)
     last = iota((LANES, 1), 0) == LANES - 1
-    d_weighted += jnp.where(last, after[2:], 0)
-    d_total += jnp.where(last, after[1:2, :1], 0)
-    d_weights = dot(d_weighted, value, 1, 1) + d_total
-    d_score = jnp.sum(weights * d_weights, axis=0, keepdims=True)
+    d_weighted += jnp.where(last, after_weighted, 0)
+    d_total += jnp.where(last, after_total, 0)
+    d_score = jnp.sum(weights * (dot(d_weighted, value, 1, 1) + d_total), axis=0, keepdims=True)
     d_value = dot(weights, d_weighted.astype(value.dtype), 0, 0)
-    d_kept = jnp.sum(d_weighted * before[2:], axis=1, keepdims=True) + d_total * before[1:2, :1]
-    numbers = (jnp.sum(kept * x, axis=0, keepdims=True) for x in (d_kept, d_total))
-    d_before = jnp.sum(kept * d_weighted, axis=0, keepdims=True)
-    numbers = (jnp.broadcast_to(x, d_before.shape) for x in numbers)
-    return d_score, d_value, jnp.concatenate([*numbers, d_before])
+    kept = tokens.kept(head)
+    before_weighted = jnp.sum(kept * d_weighted, axis=0, keepdims=True)
+    before_total = jnp.sum(kept * d_total, axis=0, keepdims=True)
+    before = jnp.sum(before_weighted * weighted, axis=1, keepdims=True)
+    before = before + before_total * numbers[ROWS + head : ROWS + head + 1]
+    return d_score, d_value, before, before_total, before_weighted
+
+
+def _row_sums(x: Float[Array, "C V"], dtype: Any) -> Float[Array, "C C"]:
+    """Returns the sums of rows in all columns, by matrix units; to 16 bits for 16-bit inputs."""
+    ones = jnp.ones((x.shape[1], LANES), dtype)
+    if dtype == jnp.float32:
+        return dot(x, ones, 1, 0)
+    high = x.astype(dtype)
+    return dot(high, ones, 1, 0) + dot((x - high.astype(jnp.float32)).astype(dtype), ones, 1, 0)
