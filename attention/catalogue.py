@@ -55,6 +55,8 @@ class Mechanism:
     """Kernel family it stands on; None for plain JAX."""
     has_weights: bool
     """Whether it has weights of its own: it takes `params`, made by `init_<slug>` beside it."""
+    one_query: bool = False
+    """Whether there is one query for all tokens, [B or 1, 1, N, H], which a layer learns."""
     function: Callable
     """The mechanism, `function(query, key, value, ...)`; its name is the slug."""
     step: Callable | None = None
@@ -84,8 +86,9 @@ class Mechanism:
                 raise ValueError(
                     f"{self.slug}: {field}: {getattr(self, field)!r} must look like 'O(T)'"
                 )
-        if not isinstance(self.has_weights, bool):
-            raise TypeError(f"{self.slug}: has_weights: {self.has_weights!r} must be a bool")
+        for field in ("has_weights", "one_query"):
+            if not isinstance(getattr(self, field), bool):
+                raise TypeError(f"{self.slug}: {field}: {getattr(self, field)!r} must be a bool")
         self._check_function("function", self.slug)
         if (self.step is None) != (self.init_state is None):
             raise ValueError(f"{self.slug}: step and init_state: give both or neither")

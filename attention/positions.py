@@ -40,6 +40,7 @@ def rope(
     *,
     base: float = 10_000.0,
     fraction: float = 1.0,
+    frequencies: Float[Array, "R/2"] | None = None,
 ) -> Float[Array, "B T N H"]:
     r"""Rotary position embedding: turns pairs of channels by angles that grow with the position.
 
@@ -61,6 +62,7 @@ def rope(
       positions: position of every token; None for 0..T-1.
       base: ratio of the longest wavelength to the shortest, nearly; 10,000 by default.
       fraction: part of the channels that is turned, in (0, 1]; `fraction * H` must be even.
+      frequencies: w, learned ones say; None for those of the base.
 
     Returns:
       Array of x's shape and dtype.
@@ -91,13 +93,54 @@ def rope(
             f"fraction: {fraction} of the {x.shape[-1]} channels of x must be an even number of "
             "them, at least 2"
         )
-    # in NumPy's float64, so that the only rounding is the one to the angles' dtype
-    frequencies = jnp.asarray(base ** (-np.arange(0, turned, 2) / turned))
+    if frequencies is None:
+        # in NumPy's float64, so that the only rounding is the one to the angles' dtype
+        frequencies = jnp.asarray(base ** (-np.arange(0, turned, 2) / turned))
+    elif jnp.shape(frequencies) != (turned // 2,):
+        raise ValueError(
+            f"frequencies: shape {jnp.shape(frequencies)} must be ({turned // 2},), half of the "
+            f"{turned} channels that are turned"
+        )
     angles = _angles(x, positions, frequencies)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second, rest = jnp.split(x, (turned // 2, turned), axis=-1)
     out = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate((*(y.astype(x.dtype) for y in out), rest), axis=-1)
+
+
+def reflected(x: Float[Array, "B T N H"], direction: Float[Array, "H"]) -> Float[Array, "B T N H"]:
+    """Householder reflection x - 2 w (w . x) / (w . w), which turns the sign along w.
+
+    It leaves products of two vectors as they are, so of itself it is no position encoding. Before
+    RoPE it is one of the forms of LRPE, in Qin et al., Linearized Relative Positional Encoding
+    (2023), section 3.3.
+
+    Args:
+      x: queries or keys.
+      direction: w, of any length but 0.
+
+    Returns:
+      Array of x's shape and dtype.
+
+    Raises:
+      ValueError: a shape does not fit.
+      TypeError: x is not floating.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from attention.positions import reflected
+      >>> x = jnp.arange(8.0).reshape(1, 1, 1, 8)
+      >>> [int(y) for y in reflected(x, jnp.eye(8)[1])[0, 0, 0]]
+      [0, -1, 2, 3, 4, 5, 6, 7]
+    """
+    _check_floating(x)
+    direction = jnp.asarray(direction)
+    if direction.shape != x.shape[-1:]:
+        raise ValueError(f"direction: shape {direction.shape} must be ({x.shape[-1]},), as x")
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    direction = direction.astype(wide.dtype)
+    along = jnp.sum(wide * direction, axis=-1, keepdims=True) / jnp.sum(direction**2)
+    return (wide - 2 * along * direction).astype(x.dtype)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from attention.catalogue import Mechanism
+from attention.linear.state import check_state
 from attention.positions import alibi_slopes
 from pallas_kernels.linear import LinearState, init_linear_state, linear_attention
 
@@ -135,15 +136,13 @@ def lightning_attention_step(
       >>> out.shape, state.memory.shape
       ((1, 1, 4, 8), (1, 4, 8, 8))
     """
-    if not isinstance(state, LinearState):
-        raise TypeError(f"state: must be a LinearState; got {type(state).__name__}")
     return lightning_attention(
         query,
         key,
         value,
         slopes=slopes,
         scale=scale,
-        initial_state=state,
+        initial_state=check_state(state),
         return_state=True,
         chunk_size=chunk_size,
         implementation=implementation,

@@ -48,6 +48,8 @@ class AttentionLayer(nnx.Module):
     `mechanism="lightning_attention"`, `options={"slopes": ...}`, `query_key_activation="silu"`,
     `output_norm="srms"`, `output_gate=True`, and `positions="lrpe"` in the first layer.
 
+    A mechanism with one query for all tokens (Aaren) gets it from a learned input, `query_token`.
+
     LRPE doubles the channels of queries and keys but keeps their norms, so a mechanism that by
     default divides scores by the root of the channels it sees is passed `scale = 1 / sqrt(H)`.
 
@@ -117,7 +119,7 @@ class AttentionLayer(nnx.Module):
         check_choice("positions", positions, (None, *get_args(Positions)))
         check_choice("output_norm", output_norm, (None, *get_args(NormKind)))
         record = catalogue.get(mechanism)
-        _check_mechanism(record, is_causal)
+        _check_mechanism(record, is_causal, positions)
         options = {name: _static(name, value) for name, value in (options or {}).items()}
         _check_options(record.function, options)
 
@@ -136,6 +138,9 @@ class AttentionLayer(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
 
+        if record.one_query:
+            token = jax.random.normal(rngs.params(), (features,), param_dtype)
+            self.query_token = nnx.Param(token)
         linear = functools.partial(
             nnx.Linear, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
@@ -199,9 +204,9 @@ class AttentionLayer(nnx.Module):
         record = self._step_record()
         key_dim = self.head_dim * (2 if self.positions == "lrpe" else 1)
         dtype = dtype or self.dtype or self.param_dtype
-        return record.init_state(
-            batch, max_length, self.num_heads, self.num_kv_heads, key_dim, self.head_dim, dtype
-        )
+        sizes = batch, max_length, self.num_heads, self.num_kv_heads, key_dim, self.head_dim
+        own = {name: x for name, x in self.options if accepts(record.init_state, name)}
+        return record.init_state(*sizes, dtype, **own)
 
     def step(
         self, x: Float[Array, "B T D"], state: Any, position: Int[Array, ""] | int
@@ -256,7 +261,9 @@ class AttentionLayer(nnx.Module):
         if positions is not None and self.positions is None:
             raise ValueError("positions: this layer has no positions to apply them to")
         split = (*x.shape[:2], -1, self.head_dim)
-        query, key = self.query(x).reshape(split), self.key(x).reshape(split)
+        query = self.query(self.query_token[...][None, None] if self._record.one_query else x)
+        query = query.reshape(*query.shape[:2], -1, self.head_dim)
+        key = self.key(x).reshape(split)
         if self.query_key_activation == "silu":
             query, key = jax.nn.silu(query), jax.nn.silu(key)
         if self.positions == "rope":
@@ -296,7 +303,13 @@ def accepts(function: Callable, name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
-def _check_mechanism(record: catalogue.Mechanism, is_causal: bool) -> None:
+def _check_mechanism(
+    record: catalogue.Mechanism, is_causal: bool, positions: Positions | None
+) -> None:
+    if record.one_query and positions is not None:
+        raise ValueError(
+            f"positions: {positions!r}, but the query of {record.slug} has no position"
+        )
     if record.has_weights:
         raise ValueError(
             f"mechanism: {record.slug!r} has weights of its own, which this layer does not hold"

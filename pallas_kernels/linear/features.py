@@ -1,5 +1,6 @@
 """Feature maps: what queries and keys become before they meet the memory.
 
+    elu            max(x, 0) + min(exp(x) - 1, 0)                 Qin et al. 2022 (TransNormer)
     elu_plus_one   elu(x) + 1                                     Katharopoulos et al. 2020
     relu           max(x, 0)
     taylor         [1, y, y_i y_i / sqrt(2), y_i y_j (i < j)],    y = x / H^(1/4)
@@ -32,6 +33,7 @@ def taylor(x: Float[Array, "... H"]) -> Float[Array, "... F"]:
 
 
 MAPS = {
+    "elu": lambda x: jnp.where(x > 0, x, jnp.expm1(jnp.minimum(x, 0))),
     "elu_plus_one": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0))),
     "relu": jax.nn.relu,
     "taylor": taylor,

@@ -96,7 +96,7 @@ def gated_scan(
     log_decay = _floating(log_decay, "log_decay", "B T D", B=len(x), T=x.shape[1], D=x.shape[2])
     state = _hidden(initial_state, x, (x.shape[0], x.shape[2]))
     return _called(
-        "gated_scan",
+        "gated",
         Gated(x, log_decay),
         Parameters(),
         ("x", "log_decay"),
@@ -174,7 +174,7 @@ def selective_scan(
         for array, name in ((D, "D"), (delta_bias, "delta_bias"))
     )
     return _called(
-        "selective_scan",
+        "selective",
         Selective(x, delta, B, C),
         Parameters(A.T.astype(dtype)[None], *vectors),
         ("x", "delta", "B", "C"),
@@ -196,6 +196,7 @@ def softmax_scan(
     return_state: bool = False,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    function: str = "softmax_scan",
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], SoftmaxState]:
     """Computes for every token the mean of all values so far, weighted by exp(score).
 
@@ -212,6 +213,7 @@ def softmax_scan(
       return_state: whether to return the state after the last token.
       chunk_size: as in `gated_scan`.
       implementation: see `pallas_kernels.choose`.
+      function: the public name of the call, for messages.
 
     Returns:
       The output in the dtype of value, zeros where there is no token to attend to, and the last
@@ -232,11 +234,12 @@ def softmax_scan(
         parts = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
         initial_state = SoftmaxState(**parts | dict(maximum=jnp.full(rows, -jnp.inf, dtype)))
     return _called(
-        "softmax_scan",
+        "softmax",
         Softmax(score, value),
         Parameters(),
         ("score", "value"),
         _checked_state(initial_state, SoftmaxState, shapes, dtype),
+        function=function,
         segment_ids=segment_ids,
         return_state=return_state,
         chunk_size=chunk_size,
@@ -245,7 +248,7 @@ def softmax_scan(
 
 
 def _called(
-    function: str,
+    scan: str,
     tokens: Any,
     parameters: Parameters,
     names: Sequence[str],
@@ -256,6 +259,7 @@ def _called(
     chunk_size: int | None,
     implementation: str | None,
     softplus: bool = False,
+    function: str | None = None,
 ) -> Any:
     """Calls the implementation of a scan; `names` are those of the tokens, for messages."""
     if chunk_size is None:
@@ -265,12 +269,11 @@ def _called(
     begins = None if segment_ids is None else segment_begins(segment_ids, tokens[0].shape[:2])
     inputs = Inputs(tokens, parameters, begins, state)
     axes = partition.current_axes()
-    scan = function.removesuffix("_scan")
     options = Options(scan, chunk_size, softplus, axes, implementation)
     choose.resolve_implementation(
         implementation,
         {name: module.supports for name, module in IMPLEMENTATIONS.items()},
-        function=function,
+        function=function or f"{scan}_scan",
         options=options,
         inputs=inputs,
     )

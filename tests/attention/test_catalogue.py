@@ -42,6 +42,18 @@ def inputs(tokens=TOKENS, keys=None, dtype=jnp.float32):
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
+def inputs_of(record, **sizes):
+    """Returns inputs; of one query for all tokens where the mechanism takes one."""
+    query, key, value = inputs(**sizes)
+    return [query[:, :1] if record.one_query else query, key, value]
+
+
+def tokens_of(record, arrays, tokens):
+    """Returns a slice of the tokens; a query for all tokens stays as it is."""
+    query, key, value = arrays
+    return [query if record.one_query else query[:, tokens], key[:, tokens], value[:, tokens]]
+
+
 def parameters(record):
     return inspect.signature(record.function).parameters
 
@@ -92,7 +104,9 @@ def test_uniform_keywords(record):
     if record.step:
         assert next(iter(inspect.signature(record.step).parameters)) == "state"
         names = "batch max_length num_heads num_kv_heads head_dim value_dim dtype"
-        assert list(inspect.signature(record.init_state).parameters) == names.split()
+        taken = inspect.signature(record.init_state).parameters
+        assert list(taken)[:7] == names.split()
+        assert all(p.kind is p.KEYWORD_ONLY for p in list(taken.values())[7:])
 
 
 @quick
@@ -106,8 +120,10 @@ def test_patterns(record, pattern):
         # It cannot be asked for, and the other one is what it does (the test of that pattern).
         assert not keywords
         return
-    arrays = inputs(keys=None if kind == "self" else TOKENS + 5)
+    arrays = inputs_of(record, keys=None if kind == "self" else TOKENS + 5)
     if pattern not in record.patterns:
+        if record.one_query:
+            return  # it is cross-attention by nature, and causal
         with pytest.raises(ValueError, match="key"):
             record.function(*arrays, **keywords)
         return
@@ -124,7 +140,7 @@ def test_patterns(record, pattern):
 @quick
 @each_record
 def test_implementations(record):
-    arrays = inputs()
+    arrays = inputs_of(record)
     runnable = [name for name in record.implementations if not name.startswith("pallas")]
     assert "reference" in runnable
     cases = {causal: options(record, causal) for causal in (True, False)}
@@ -153,13 +169,13 @@ def test_implementations(record):
 def test_segments_are_separate_documents(record):
     if not any(pattern.startswith("self") for pattern in record.patterns):
         pytest.fail("say here how a mechanism without self-attention is tested")
-    arrays, cut = inputs(), 5
+    arrays, cut = inputs_of(record), 5
     ids = jnp.repeat(jnp.array([[4, 2]]), jnp.array([cut, TOKENS - cut]), axis=1)
     ids = jnp.broadcast_to(ids, (BATCH, TOKENS))
     for keywords in map(dict, {tuple(options(record, causal).items()) for causal in (True, False)}):
         packed = record.function(*arrays, segment_ids=ids, **keywords)
         parts = [
-            record.function(*(x[:, part] for x in arrays), **keywords)
+            record.function(*tokens_of(record, arrays, part), **keywords)
             for part in (slice(0, cut), slice(cut, None))
         ]
         assert_close(packed, jnp.concatenate(parts, axis=1))
@@ -169,7 +185,7 @@ def test_segments_are_separate_documents(record):
 @each_record
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 def test_low_precision(record, dtype):
-    low = inputs(dtype=dtype)
+    low = inputs_of(record, dtype=dtype)
     out = record.function(*low)
     assert out.dtype == dtype
     assert_close(out, record.function(*(x.astype(jnp.float32) for x in low)), dtype)
@@ -180,19 +196,23 @@ def test_low_precision(record, dtype):
     "record", [r for r in RECORDS if r.step], ids=lambda record: record.slug
 )  # fmt: skip
 def test_steps_are_one_pass(record):
-    arrays, prompt = inputs(), 5
+    arrays, prompt = inputs_of(record), 5
     expected = record.function(*arrays, **options(record, causal=True))
     sizes = (BATCH, TOKENS, HEADS, KV_HEADS, FEATURES, WIDTH)
     state = record.init_state(*sizes, jnp.float32)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    out, state = record.step(state, *(x[:, :prompt] for x in arrays))
+    out, state = record.step(state, *tokens_of(record, arrays, slice(0, prompt)))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == shapes
 
     def one(state, token):
-        out, state = record.step(state, *(x[:, None] for x in token))
+        here = [jax.lax.dynamic_slice_in_dim(x, token, 1, axis=1) for x in arrays[1:]]
+        query = arrays[0]
+        if not record.one_query:
+            query = jax.lax.dynamic_slice_in_dim(query, token, 1, axis=1)
+        out, state = record.step(state, query, *here)
         return state, out[:, 0]
 
-    tokens = [jnp.moveaxis(x[:, prompt:], 1, 0) for x in arrays]
+    tokens = jnp.arange(prompt, TOKENS)
     _, outs = jax.jit(functools.partial(jax.lax.scan, one))(state, tokens)
     assert_close(jnp.concatenate((out, jnp.moveaxis(outs, 0, 1)), axis=1), expected, factor=2)
 
@@ -214,7 +234,8 @@ def test_memory(record):
 
     def temporary(tokens):
         x = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
+        query = jax.ShapeDtypeStruct((1, 1, 2, 16), jnp.float32) if record.one_query else x
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, x, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(8192) <= 1.1 * 2 ** degree(record.memory) * temporary(4096)
@@ -370,6 +391,7 @@ VALID = dict(
         (dict(memory="T"), ValueError, "memory: 'T'"),
         (dict(kernel="triton"), ValueError, "kernel: 'triton'"),
         (dict(has_weights=None), TypeError, "has_weights"),
+        (dict(one_query=1), TypeError, "one_query: 1"),
         (dict(function=None), TypeError, "function: None"),
         (dict(function=some_mechanism_step), ValueError, "function: .*must be named"),
         (dict(step=some_mechanism_step), ValueError, "step and init_state"),

@@ -31,6 +31,10 @@ LAYERS = {
     "softmax, grouped": SOFTMAX | {"num_kv_heads": 2},
     "softmax, lrpe and gate": SOFTMAX
     | {"positions": "lrpe", "output_gate": True, "output_norm": "rms"},
+    "norm": {"mechanism": "norm_attention", "options": {"feature_map": "elu"}},
+    "diag": {"mechanism": "diag_attention", "options": {"block_size": 4}, "positions": "rope"},
+    "based": {"mechanism": "based_linear_attention"},
+    "aaren, grouped": {"mechanism": "aaren_attention", "num_kv_heads": 2},
 }
 every_layer = pytest.mark.parametrize("arguments", LAYERS.values(), ids=LAYERS)
 
@@ -86,6 +90,8 @@ def test_parameters(arguments):
         shapes["norm/scale"] = (24,)
     if arguments.get("positions") == "lrpe":
         shapes["theta"] = (kv // 6, 6)
+    if arguments.get("mechanism") == "aaren_attention":
+        shapes["query_token"] = (16,)
     state = nnx.to_flat_state(nnx.state(layer))
     assert {"/".join(path): p.shape for path, p in state} == shapes
     assert all(isinstance(p, nnx.Param) and p.dtype == jnp.float32 for _, p in state)
@@ -194,6 +200,14 @@ def test_softmax_with_lrpe_keeps_the_scale_of_its_head_dim():
     assert_close(layer(x), explicit(x))
     layer.theta[...] = jnp.zeros_like(layer.theta)
     assert_close(layer(x), make({})(x))
+
+
+def test_state_of_a_mechanism_has_the_sizes_of_its_options():
+    for size in (4, 100):
+        state = make(LAYERS["diag"] | {"options": {"block_size": size}}).init_state(2, 50)
+        assert state.key.shape == (2, size, 4, 4)
+    rat = make({"mechanism": "rat_attention", "options": {"chunk_size": 4}})
+    assert rat.init_state(2, 50).chunk_keys.shape == (2, 12, 4, 4)
 
 
 def test_output_norm_hides_the_scale_of_the_mechanism():
@@ -316,6 +330,11 @@ def test_steps_that_do_not_exist_are_refused(monkeypatch):
         ({"head_dim": 3, "positions": "rope"}, ValueError, "head_dim: 3 must be even"),
         ({"positions": "alibi"}, ValueError, "positions: 'alibi' must be one of None, 'rope'"),
         ({"output_norm": "layer"}, ValueError, "output_norm: 'layer' must be one of None, 'rms'"),
+        (
+            {"mechanism": "aaren_attention", "positions": "rope"},
+            ValueError,
+            "positions: 'rope', but the query of aaren_attention has no position",
+        ),
         ({"query_key_activation": "relu"}, ValueError, "query_key_activation: 'relu' must be"),
         ({"options": {"slopes": (1.0,)}}, ValueError, "'slopes' is not an option of softmax_att"),
         ({"options": {"is_causal": True}}, ValueError, "'is_causal' is not free: the layer"),
