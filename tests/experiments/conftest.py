@@ -46,6 +46,7 @@ def command(shared_directory, data_directory):
             "TFDS_DATA_DIR": str(data_directory),
             "JAX_COMPILATION_CACHE_DIR": str(shared_directory / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "160",

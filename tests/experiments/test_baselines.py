@@ -8,6 +8,8 @@ import pytest
 
 from experiments.baselines import ByteModel, lzma_bits
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TRAINING = [b"abracadabra", b"banana\x00\xff", b"", b"cab"]
 TEST = [b"abra", b"nab\xfe", b"c"]
 

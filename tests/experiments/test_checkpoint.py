@@ -19,6 +19,8 @@ from experiments.errors import ExperimentError
 from experiments.step import Trainer
 from tests.experiments.test_step import batches
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def rows():
     return iter(grain.MapDataset.range(1000).shuffle(seed=1).to_iter_dataset())

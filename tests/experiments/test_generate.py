@@ -15,6 +15,8 @@ from experiments.data.text import BOS, VOCAB_SIZE
 from experiments.generate import CHUNK, _whole_characters, next_symbol, sample
 from models.language import DecoderLM
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MECHANISMS = ("lightning_attention", "softmax_attention")
 
 

@@ -24,6 +24,8 @@ from tests.models import oracles
 from tests.numerics import assert_close, error_ratio
 from tests.tpu import compile_for_tpu
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"vocab_size": 31, "features": 16, "num_layers": 2, "num_heads": 4, "hidden_features": 24}
 TRANSFORMER = transformer(**TINY, num_kv_heads=2)
 TRANSNORMER = transnormer_llm(**TINY)

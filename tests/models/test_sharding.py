@@ -15,6 +15,8 @@ import attention
 from models.language import DecoderLM, transformer, transnormer_llm
 from tests.numerics import assert_close
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"vocab_size": 32, "features": 16, "num_layers": 2, "num_heads": 4, "hidden_features": 32}
 CONFIGS = {
     "transformer": transformer(**TINY, num_kv_heads=2),

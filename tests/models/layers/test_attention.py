@@ -14,6 +14,8 @@ from models.layers import AttentionLayer
 from tests.models import oracles
 from tests.numerics import assert_close, error_ratio
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SLOPES = (0.5, 0.1, 0.0, 2.0)
 GLA = {
     "mechanism": "lightning_attention",

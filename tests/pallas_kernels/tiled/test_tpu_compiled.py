@@ -47,8 +47,14 @@ def _kernels(text):
     return text.count('custom_call_target="tpu_custom_call"')
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("feature", FEATURES)
+# What v5e takes v6e takes, which has more instructions. Its tables are tried by a third of them.
+@pytest.mark.parametrize(
+    ("feature", "topology"),
+    [
+        *((feature, TOPOLOGIES[0]) for feature in FEATURES),
+        *((feature, TOPOLOGIES[1]) for feature in list(FEATURES)[::3]),
+    ],
+)
 def test_feature(feature, topology):
     """The program is a kernel for the forward and a kernel for the backward."""
     assert _kernels(_text(*_gradients(FEATURES[feature]), topology=topology)) == 2
