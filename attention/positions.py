@@ -112,8 +112,9 @@ def reflected(x: Float[Array, "B T N H"], direction: Float[Array, "H"]) -> Float
     """Householder reflection x - 2 w (w . x) / (w . w), which turns the sign along w.
 
     It leaves products of two vectors as they are, so of itself it is no position encoding. Before
-    RoPE it is one of the forms of LRPE, in Qin et al., Linearized Relative Positional Encoding
-    (2023), section 3.3.
+    RoPE it is one of the forms of LRPE.
+
+    Source: Qin et al., Linearized Relative Positional Encoding (2023).
 
     Args:
       x: queries or keys.

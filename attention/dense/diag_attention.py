@@ -64,7 +64,7 @@ def diag_attention(
     The released code gives keys that fill up the last block a score of 0 and lets them count; here
     there are none.
 
-    Source: Qin et al., The Devil in Linear Transformer (2022), section 4.2.
+    Source: Qin et al., The Devil in Linear Transformer (2022).
 
     Args:
       query: float array.

@@ -32,7 +32,7 @@ def aaren_attention(
     exp(s_j - m) v_j; two such states join to that of both parts, in any order. O(T) time and
     memory, forward and backward; scores and states are float32, or float64 for float64 keys.
 
-    Source: Feng et al., Attention as an RNN (2024), section 3.
+    Source: Feng et al., Attention as an RNN (2024).
 
     Args:
       query: one for all tokens, of each row of the batch or of all rows.

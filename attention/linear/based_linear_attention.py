@@ -37,7 +37,7 @@ def based_linear_attention(
     short convolutions of the layers between.
 
     Source: Arora et al., Simple linear attention language models balance the recall-throughput
-    tradeoff (2024), section 4.1.
+    tradeoff (2024).
 
     Args:
       query: float array.

@@ -61,13 +61,13 @@ def norm_attention(
     bound where that sum is near 0; the norm bounds them. "elu" is the paper's T1 and may give
     negative weights, "elu_plus_one" its T2. Positions are LRPE: x is reflected, x - 2 w (w . x), by
     a fixed unit vector w shared by queries, keys and heads, and turned as by RoPE, with frequencies
-    that all heads share and that may be learned; `models` has both by default, as the released
-    models. Without them there are no positions.
+    that all heads share and that may be learned. All released models have it, from RoPE's
+    frequencies on; without `frequencies` there are no positions.
 
     O(T) time and memory, forward and backward; sums and norm are float32, or float64 for float64
     queries. The norm is over all heads, so that heads on several devices send one number a token.
 
-    Source: Qin et al., The Devil in Linear Transformer (2022), section 4.1.
+    Source: Qin et al., The Devil in Linear Transformer (2022).
 
     Args:
       query: float array.

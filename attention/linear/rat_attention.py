@@ -69,7 +69,7 @@ def rat_attention(
     "reference" has all.
 
     Source: Wei et al., RAT: Bridging RNN Efficiency and Attention Accuracy in Language Modeling
-    (2025), section 3. There head n has key head n mod K: to use weights from there, reorder heads.
+    (2025). There head n has key head n mod K: to use weights from there, reorder heads.
 
     Args:
       query: float array.
