@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from attention.state import check_room
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,7 @@ class KVCache:
         Raises:
           ValueError: shapes do not fit the cache, or the tokens do not fit into it.
         """
-        for name, new, old in (("key", key, self.key), ("value", value, self.value)):
-            if new.ndim != 4 or (new.shape[0], *new.shape[2:]) != (old.shape[0], *old.shape[2:]):
-                wanted = (old.shape[0], "T", *old.shape[2:])
-                raise ValueError(f"{name}: shape {new.shape} does not fit the cache's, {wanted}")
+        check_room("cache", key=(key, self.key), value=(value, self.value))
         if key.shape[1] != value.shape[1]:
             raise ValueError(
                 f"value: {value.shape[1]} tokens must be as many as key's {key.shape[1]}"

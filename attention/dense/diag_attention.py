@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from attention.catalogue import Mechanism
 from attention.norms import rms_over_heads
 from attention.packing import places
+from attention.state import check_room, check_state
 from pallas_kernels import masks
 from pallas_kernels.checks import check_arrays
 from pallas_kernels.tiled import tiled_attention
@@ -176,18 +177,14 @@ def diag_attention_step(
       >>> out.shape, state.key.shape, int(state.length)
       ((1, 70, 4, 8), (1, 64, 4, 8), 70)
     """
-    if not isinstance(state, DiagAttentionState):
-        raise TypeError(f"state: must be a DiagAttentionState; got {type(state).__name__}")
+    check_state(state, DiagAttentionState)
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     check_arrays(query, key, value, same_tokens=True)
     _check(block_size, weights)
     size, tokens = state.key.shape[1], query.shape[1]
     if block_size > size:
         raise ValueError(f"block_size: {block_size}, but the state has room for {size} tokens")
-    for name, new, old in (("key", key, state.key), ("value", value, state.value)):
-        if (new.shape[0], *new.shape[2:]) != (old.shape[0], *old.shape[2:]):
-            wanted = (old.shape[0], "T", *old.shape[2:])
-            raise ValueError(f"{name}: shape {new.shape} does not fit the state's, {wanted}")
+    check_room("state", key=(key, state.key), value=(value, state.value))
 
     # The block so far lies before the new tokens, each with its position; -1 is none.
     length, slots = state.length, jnp.arange(size)

@@ -6,6 +6,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from attention.catalogue import Mechanism
+from attention.state import check_state
 from pallas_kernels.scan import SoftmaxState, softmax_scan
 
 
@@ -141,8 +142,7 @@ def aaren_attention_step(
       >>> bool(jnp.allclose(out, value, atol=1e-6))
       True
     """
-    if not isinstance(state, SoftmaxState):
-        raise TypeError(f"state: must be a SoftmaxState; got {type(state).__name__}")
+    check_state(state, SoftmaxState)
     return aaren_attention(
         query,
         key,

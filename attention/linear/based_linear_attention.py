@@ -5,7 +5,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from attention.catalogue import Mechanism
-from attention.linear.state import check_state
+from attention.state import check_state
 from pallas_kernels.linear import LinearState, init_linear_state, linear_attention
 
 
@@ -128,7 +128,7 @@ def based_linear_attention_step(
         key,
         value,
         epsilon=epsilon,
-        initial_state=check_state(state),
+        initial_state=check_state(state, LinearState),
         return_state=True,
         chunk_size=chunk_size,
         implementation=implementation,

@@ -10,8 +10,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from attention.catalogue import Mechanism
-from attention.linear.state import check_state
 from attention.positions import alibi_slopes
+from attention.state import check_state
 from pallas_kernels.linear import LinearState, init_linear_state, linear_attention
 
 
@@ -142,7 +142,7 @@ def lightning_attention_step(
         value,
         slopes=slopes,
         scale=scale,
-        initial_state=check_state(state),
+        initial_state=check_state(state, LinearState),
         return_state=True,
         chunk_size=chunk_size,
         implementation=implementation,

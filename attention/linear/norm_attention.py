@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 from attention.catalogue import Mechanism
 from attention.norms import rms_over_heads
 from attention.positions import reflected, rope
-from pallas_kernels.linear import LinearState, init_linear_state, linear_attention
+from attention.state import check_state
+from pallas_kernels.linear import LinearState, features, init_linear_state, linear_attention
 
 FEATURE_MAPS = ("elu_plus_one", "elu")
 
@@ -186,8 +187,7 @@ def norm_attention_step(
       >>> out.shape, int(state.length)
       ((1, 5, 4, 8), 5)
     """
-    if not isinstance(state, NormAttentionState):
-        raise TypeError(f"state: must be a NormAttentionState; got {type(state).__name__}")
+    check_state(state, NormAttentionState)
     return norm_attention(
         query,
         key,
@@ -242,7 +242,7 @@ def _encoded(
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name}: must be a float array [B, T, heads, H]; got {x.dtype}{x.shape}")
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mapped = jax.nn.elu(wide) + 1 if feature_map == "elu_plus_one" else jax.nn.elu(wide)
+    mapped = features.mapped(feature_map, wide)
     if reflection is not None:
         mapped = reflected(mapped, reflection)
     positions = start + jnp.arange(x.shape[1])

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attention.catalogue import Mechanism
 from attention.packing import places
 from attention.positions import rope
+from attention.state import check_state
 from pallas_kernels import masks
 from pallas_kernels.checks import check_arrays
 from pallas_kernels.scan import ScanState, gated_scan
@@ -283,8 +284,7 @@ def rat_attention_step(
       >>> out.shape, state.chunk_keys.shape, int(state.length)
       ((1, 40, 4, 8), (1, 64, 4, 8), 40)
     """
-    if not isinstance(state, RATState):
-        raise TypeError(f"state: must be a RATState; got {type(state).__name__}")
+    check_state(state, RATState)
     query, key, value, log_decay = _checked(query, key, value, log_decay, chunk_size)
     heads = query.shape[2] if log_decay is not None else key.shape[2]
     room = state.chunk_keys.shape

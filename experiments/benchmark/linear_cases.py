@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 
 import jax
@@ -85,7 +86,6 @@ def _scans(direction: str) -> dict[str, LinearCase]:
     }
     found = {}
     for name, (called, arguments) in calls.items():
-        channels = CHANNELS if len(arguments[1].shape) == 3 else HEADS * FEATURES
 
         def function(*arrays: Array, called: Callable[..., Array] = called) -> Array:
             return called(*arrays, implementation="pallas_tpu")
@@ -93,7 +93,7 @@ def _scans(direction: str) -> dict[str, LinearCase]:
         found[f"{name}, a head of 128 channels"] = LinearCase(
             directed(direction, function, range(len(arguments))),
             arguments,
-            units=TOKENS * channels // 128,
+            units=math.prod(arguments[1].shape) // 128,
             forward="_forward",
         )
     return found

@@ -18,6 +18,7 @@ from pallas_kernels.linear import tpu_chunk, tpu_noncausal, tpu_tiles
 from pallas_kernels.linear.inputs import Inputs, Options
 from pallas_kernels.linear.tpu_blocks import (
     chunks_of,
+    copy_states,
     cut_states,
     filled_states,
     fixed_values,
@@ -104,8 +105,7 @@ def _forward_kernel(
 ) -> None:
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        for state, initial in zip(states, ins["state"], strict=True):
-            state[...] = initial[...]
+        copy_states(ins["state"], states)
         _fix(call, tiling, ins, fixed)
 
     chunks = chunks_of(call, tiling, ins)
@@ -120,8 +120,7 @@ def _forward_kernel(
 
     @pl.when(pl.program_id(2) == tiling.tiles - 1)
     def _() -> None:
-        for ref, state in zip(outs["state"], states, strict=True):
-            ref[...] = state[...]
+        copy_states(states, outs["state"])
 
 
 def backward(options: Options, names: Sequence[str], *arguments: Array | None) -> tuple[Array, ...]:
@@ -197,8 +196,7 @@ def _backward_kernel(
 ) -> None:
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        for state, last in zip(d_states, ins["d_state"], strict=True):
-            state[...] = last[...]
+        copy_states(ins["d_state"], d_states)
         _fix(call, tiling, ins, fixed)
 
     def attend(before: Any, chunks: Any) -> Any:
@@ -219,8 +217,7 @@ def _backward_kernel(
 
     @pl.when(pl.program_id(2) == tiling.tiles - 1)
     def _() -> None:
-        for ref, state in zip(outs["state"], d_states, strict=True):
-            ref[...] = state[...]
+        copy_states(d_states, outs["state"])
 
 
 def _cut_up(options: Options, x: Inputs, *, reverse: bool) -> tuple[tpu_chunk.Call, Tiling]:

@@ -134,6 +134,12 @@ def store(tiling: Tiling, ref: Any, chunks: Sequence[Any]) -> None:
             ref[rows, i * width : (i + 1) * width] = value.astype(ref.dtype)
 
 
+def copy_states(sources: Sequence[Any], targets: Sequence[Any]) -> None:
+    """Copies the parts of states from memory to memory."""
+    for source, target in zip(sources, targets, strict=True):
+        target[...] = source[...]
+
+
 def store_states(refs: Any, states: Sequence[tuple[Array, ...]]) -> None:
     """Writes the states of memories."""
     for memory, state in enumerate(states):

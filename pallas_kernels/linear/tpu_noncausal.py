@@ -18,6 +18,7 @@ from pallas_kernels.linear import tpu_tiles
 from pallas_kernels.linear.inputs import Inputs, Options
 from pallas_kernels.linear.tpu_blocks import (
     chunks_of,
+    copy_states,
     cut_states,
     filled_states,
     fixed_values,
@@ -107,8 +108,7 @@ def _operands(
 def _sum_kernel(call: Call, tiling: Tiling, ins: Any, states: Any) -> None:
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        for state, initial in zip(states, ins["state"], strict=True):
-            state[...] = initial[...]
+        copy_states(ins["state"], states)
 
     chunks = chunks_of(call, tiling, ins)
     sums = _sums(call, tiling, fixed_values(ins), chunks)
@@ -228,8 +228,7 @@ def backward(
 def _read_backward_kernel(call: Call, tiling: Tiling, ins: Any, outs: Any, d_states: Any) -> None:
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        for state, last in zip(d_states, ins["d_state"], strict=True):
-            state[...] = last[...]
+        copy_states(ins["d_state"], d_states)
 
     read = functools.partial(_read, call, tiling, fixed_values(ins))
     states, chunks = loaded_states(tiling, ins["state"]), chunks_of(call, tiling, ins)
@@ -241,8 +240,7 @@ def _read_backward_kernel(call: Call, tiling: Tiling, ins: Any, outs: Any, d_sta
 
     @pl.when(pl.program_id(2) == tiling.tiles - 1)
     def _() -> None:
-        for ref, state in zip(outs["state"], d_states, strict=True):
-            ref[...] = state[...]
+        copy_states(d_states, outs["state"])
 
 
 def _sum_backward_kernel(call: Call, tiling: Tiling, ins: Any, outs: Any) -> None:

@@ -112,7 +112,7 @@ def test_sharded():
     arrays = _arrays(batch=4)
     devices = mesh(AxisType.Auto)
     placed = [place(devices, x, "data", None, "tensor") for x in arrays]
-    run = jax.jit(functools.partial(based_linear_attention))
+    run = jax.jit(based_linear_attention)
     assert_close(run(*placed), based_linear_attention(*arrays))
     assert not collectives(run, *placed)
 
