@@ -8,13 +8,14 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pallas_kernels.choose import IMPLEMENTATIONS
 
@@ -68,6 +69,12 @@ class Mechanism:
     """Names that `implementation=` takes."""
     extras: tuple[Callable, ...] = ()
     """Further public functions or types of the module that `attention` exports."""
+    selects_ahead: bool = False
+    """Whether later tokens may decide, as published, which keys a token sees of those that it may
+    see: changing them then changes earlier outputs of a causal call, unless only values change."""
+    small: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Options with which a dozen tokens use all that it does, such as small blocks; tests call it
+    with these."""
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -81,20 +88,23 @@ class Mechanism:
         self._check_member("kernel", self.kernel, (*KERNELS, None))
         self._check_members("patterns", self.patterns, PATTERNS, frozenset)
         self._check_members("implementations", self.implementations, IMPLEMENTATIONS, tuple)
-        for field in ("time", "memory"):
-            if not re.fullmatch(r"O\(.+\)", getattr(self, field)):
+        for name in ("time", "memory"):
+            if not re.fullmatch(r"O\(.+\)", getattr(self, name)):
                 raise ValueError(
-                    f"{self.slug}: {field}: {getattr(self, field)!r} must look like 'O(T)'"
+                    f"{self.slug}: {name}: {getattr(self, name)!r} must look like 'O(T)'"
                 )
-        for field in ("has_weights", "one_query"):
-            if not isinstance(getattr(self, field), bool):
-                raise TypeError(f"{self.slug}: {field}: {getattr(self, field)!r} must be a bool")
+        for name in ("has_weights", "one_query", "selects_ahead"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{self.slug}: {name}: {getattr(self, name)!r} must be a bool")
         self._check_function("function", self.slug)
         if (self.step is None) != (self.init_state is None):
             raise ValueError(f"{self.slug}: step and init_state: give both or neither")
         if self.step is not None:
             self._check_function("step", f"{self.slug}_step")
             self._check_function("init_state", f"init_{self.slug}_state")
+        for name in self.small:
+            if name not in self.options:
+                raise ValueError(f"{self.slug}: small: {name!r} is not an option of the function")
         for extra in self.extras:
             if not callable(extra):
                 raise TypeError(f"{self.slug}: extras: {extra!r} is not a function or a type")
@@ -117,6 +127,17 @@ class Mechanism:
             raise TypeError(f"{self.slug}: {field}: {value!r} is not a function")
         if value.__name__ != name:
             raise ValueError(f"{self.slug}: {field}: {value.__name__!r} must be named {name!r}")
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the function's keyword arguments."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+    @property
+    def takes_segments(self) -> bool:
+        """Whether it takes `segment_ids`: images and series are not packed into rows."""
+        return "segment_ids" in self.options
 
     @property
     def init(self) -> Callable | None:

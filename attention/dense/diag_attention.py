@@ -256,4 +256,5 @@ RECORD = Mechanism(
     step=diag_attention_step,
     init_state=init_diag_attention_state,
     extras=(DiagAttentionState,),
+    small={"block_size": 5},
 )

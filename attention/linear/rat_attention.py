@@ -368,4 +368,5 @@ RECORD = Mechanism(
     step=rat_attention_step,
     init_state=init_rat_attention_state,
     extras=(RATState,),
+    small={"chunk_size": 3},
 )

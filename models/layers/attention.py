@@ -177,8 +177,8 @@ class AttentionLayer(nnx.Module):
             arrays are allowed.
 
         Raises:
-          ValueError: a shape does not fit, an option is not one of the mechanism's, or positions
-            are given to a layer that has none.
+          ValueError: a shape does not fit, an option is not one of the mechanism's, positions are
+            given to a layer that has none, or segments to a mechanism that takes none.
         """
         self._check_input(x)
         record = self._record
@@ -186,8 +186,12 @@ class AttentionLayer(nnx.Module):
         keywords = self._keywords | dict(options or {})
         if _BOTH <= record.patterns:
             keywords["is_causal"] = self.is_causal
+        if segment_ids is not None:
+            if not record.takes_segments:
+                raise ValueError(f"segment_ids: {self.mechanism} takes no packed documents")
+            keywords["segment_ids"] = segment_ids
         query, key, value = self._heads(x, positions)
-        out = record.function(query, key, value, segment_ids=segment_ids, **keywords)
+        out = record.function(query, key, value, **keywords)
         return self._project_out(x, out)
 
     def init_state(self, batch: int, max_length: int, dtype: Dtype | None = None) -> Any:

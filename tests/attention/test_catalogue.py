@@ -19,6 +19,7 @@ import attention
 from attention import catalogue, positions, softmax_attention
 from attention.__main__ import example, main
 from attention.catalogue import PATTERNS, Mechanism
+from models.layers.attention import accepts
 from pallas_kernels.choose import IMPLEMENTATIONS
 from tests.numerics import assert_close
 
@@ -63,9 +64,14 @@ def options(record, causal):
     return {"is_causal": causal} if "is_causal" in parameters(record) else {}
 
 
+def call(record, **keywords):
+    """Returns the mechanism's function with options that suit few tokens."""
+    return functools.partial(record.function, **record.small, **keywords)
+
+
 def compiled(record, **keywords):
     """Returns the mechanism's function as one program: one by one its operations compile longer."""
-    return jax.jit(functools.partial(record.function, **keywords))
+    return jax.jit(call(record, **keywords))
 
 
 def changed_tokens(record, arrays, token, which, **keywords):
@@ -104,7 +110,7 @@ def test_uniform_keywords(record):
     assert taken["implementation"].kind is inspect.Parameter.KEYWORD_ONLY
     own = {p for p in record.patterns if p.startswith("self")}
     assert ("is_causal" in taken) == (len(own) == 2)
-    assert not own or taken["segment_ids"].default is None
+    assert not record.takes_segments or taken["segment_ids"].default is None
     assert ("params" in taken) == record.has_weights
     if record.step:
         assert next(iter(inspect.signature(record.step).parameters)) == "state"
@@ -130,12 +136,13 @@ def test_patterns(record, pattern):
         if record.one_query:
             return  # it is cross-attention by nature, and causal
         with pytest.raises(ValueError, match="key"):
-            record.function(*arrays, **keywords)
+            call(record, **keywords)(*arrays)
         return
-    out = jax.eval_shape(functools.partial(record.function, **keywords), *arrays)
+    out = jax.eval_shape(call(record, **keywords), *arrays)
     assert out.shape == (BATCH, TOKENS, HEADS, WIDTH)
+    which = (2,) if causal and record.selects_ahead else (0, 1, 2)
     for token in (1, TOKENS - 1):
-        differs = changed_tokens(record, arrays, token, (0, 1, 2), **keywords)
+        differs = changed_tokens(record, arrays, token, which, **keywords)
         assert differs[token]
         assert differs[:token].any() == (not causal)
     if kind == "cross":
@@ -153,7 +160,7 @@ def test_implementations(record):
     for keywords in cases.values() if cases[True] else ({},):
 
         def loss(name, keywords, *arrays):
-            out = record.function(*arrays, implementation=name, **keywords)
+            out = call(record, implementation=name, **keywords)(*arrays)
             return jnp.sum(jnp.sin(out)), out
 
         results = {}
@@ -167,14 +174,16 @@ def test_implementations(record):
     for name in IMPLEMENTATIONS:
         if name not in record.implementations:
             with pytest.raises(NotImplementedError, match=rf"{record.slug}: .*'{name}'"):
-                jax.eval_shape(functools.partial(record.function, implementation=name), *arrays)
+                jax.eval_shape(call(record, implementation=name), *arrays)
     with pytest.raises(ValueError, match=rf"{record.slug}: implementation"):
-        jax.eval_shape(functools.partial(record.function, implementation="fastest"), *arrays)
+        jax.eval_shape(call(record, implementation="fastest"), *arrays)
 
 
 @quick
 @each_record
 def test_segments_are_separate_documents(record):
+    if not record.takes_segments:
+        return  # they cannot be given
     if not any(pattern.startswith("self") for pattern in record.patterns):
         pytest.fail("say here how a mechanism without self-attention is tested")
     arrays, cut = inputs_of(record), 5
@@ -207,9 +216,11 @@ def test_steps_are_one_pass(record):
     arrays, prompt = inputs_of(record), 5
     expected = compiled(record, **options(record, causal=True))(*arrays)
     sizes = (BATCH, TOKENS, HEADS, KV_HEADS, FEATURES, WIDTH)
-    state = record.init_state(*sizes, jnp.float32)
+    own = {n: x for n, x in record.small.items() if accepts(record.init_state, n)}
+    state = record.init_state(*sizes, jnp.float32, **own)
+    step = functools.partial(record.step, **record.small)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    out, state = jax.jit(record.step)(state, *tokens_of(record, arrays, slice(0, prompt)))
+    out, state = jax.jit(step)(state, *tokens_of(record, arrays, slice(0, prompt)))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == shapes
 
     def one(state, token):
@@ -217,7 +228,7 @@ def test_steps_are_one_pass(record):
         query = arrays[0]
         if not record.one_query:
             query = jax.lax.dynamic_slice_in_dim(query, token, 1, axis=1)
-        out, state = record.step(state, query, *here)
+        out, state = step(state, query, *here)
         return state, out[:, 0]
 
     tokens = jnp.arange(prompt, TOKENS)
@@ -401,6 +412,8 @@ VALID = dict(
         (dict(kernel="triton"), ValueError, "kernel: 'triton'"),
         (dict(has_weights=None), TypeError, "has_weights"),
         (dict(one_query=1), TypeError, "one_query: 1"),
+        (dict(selects_ahead=None), TypeError, "selects_ahead: None"),
+        (dict(small={"size": 3}), ValueError, "small: 'size' is not an option"),
         (dict(function=None), TypeError, "function: None"),
         (dict(function=some_mechanism_step), ValueError, "function: .*must be named"),
         (dict(step=some_mechanism_step), ValueError, "step and init_state"),

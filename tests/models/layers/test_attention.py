@@ -312,6 +312,20 @@ def test_mechanisms_that_do_not_fit_are_refused(monkeypatch):
         make({})
 
 
+def test_packed_documents_are_refused_where_a_mechanism_takes_none(monkeypatch):
+    def without(query, key, value, *, is_causal=False):
+        return value
+
+    record = catalogue.get("softmax_attention")
+    monkeypatch.setattr(without, "__name__", record.slug)
+    without = dataclasses.replace(record, function=without, extras=(), step=None, init_state=None)
+    layer = make({"mechanism": "softmax_attention"})
+    monkeypatch.setattr(catalogue, "get", lambda slug: without)
+    assert layer(inputs()).shape == (2, 7, 16)
+    with pytest.raises(ValueError, match="segment_ids: softmax_attention takes no packed doc"):
+        layer(inputs(), segment_ids=jnp.zeros((2, 7), int))
+
+
 def test_steps_that_do_not_exist_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="is_causal: False, but only a causal layer has a step"):
         make({}, is_causal=False).init_state(1, 8)
