@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Int
 from pallas_kernels.masks.algebra import (
     And,
     Bound,
+    ListedTile,
     Mask,
     Shape,
     Tile,
@@ -52,6 +53,7 @@ __all__ = [
     "Dense",
     "Dilated",
     "Lengths",
+    "ListedTile",
     "Mask",
     "Prefix",
     "Rule",

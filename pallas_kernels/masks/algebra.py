@@ -45,6 +45,24 @@ class Tile(NamedTuple):
         return (self.column + jnp.arange(self.columns, dtype=jnp.int32))[None, None, None]
 
 
+class ListedTile(NamedTuple):
+    """Query rows side by side, and key columns that are listed for every batch row and head."""
+
+    row: Bound
+    rows: int
+    index: Int[Array, "B|1 K|1 columns"]
+
+    @property
+    def queries(self) -> Int[Array, "1 1 rows 1"]:
+        """Returns the numbers of the queries."""
+        return Tile(self.row, self.rows, 0, 0).queries
+
+    @property
+    def keys(self) -> Int[Array, "B|1 K|1 1 columns"]:
+        """Returns the numbers of the keys."""
+        return self.index[:, :, None]
+
+
 class Tiles(NamedTuple):
     """Tiles of one size, of the queries or of the keys.
 
@@ -131,7 +149,7 @@ class Mask:
         del queries, keys
         return self
 
-    def tile(self, tile: Tile) -> Bool[Array, "B|1 N|K|1 rows|1 columns|1"]:
+    def tile(self, tile: Tile | ListedTile) -> Bool[Array, "B|1 N|K|1 rows|1 columns|1"]:
         """Evaluates a prepared mask on a tile that lies inside of the mask's shape."""
         leaves, tree = jax.tree.flatten(self)
         leaves = map(functools.partial(on_tile, tile), leaves, self.dims())
@@ -207,7 +225,7 @@ class And(Mask):
     def prepared(self, queries: int, keys: int) -> Mask:
         return And(tuple(mask.prepared(queries, keys) for mask in self.masks))
 
-    def tile(self, tile: Tile) -> Array:
+    def tile(self, tile: Tile | ListedTile) -> Array:
         return joined([mask.tile(tile) for mask in self.masks])
 
     def allowed(self, queries: Array, keys: Array) -> Array:
@@ -304,24 +322,30 @@ def joined(conditions: Sequence[Array]) -> Array:
     return functools.reduce(operator.and_, same_heads(*conditions))
 
 
-def on_tile(tile: Tile, leaf: Array, dims: str) -> Array:
+def on_tile(tile: Tile | ListedTile, leaf: Array, dims: str) -> Array:
     """Cuts a leaf with these dimensions to a tile and lets it broadcast against [B, N, T, S]."""
     if dims == "1":
         return as_column(leaf)
     if dims == "1nt":
         return sliced(leaf, -1, tile.row, tile.rows)[..., :, None]
     if dims == "1ns":
-        return sliced(leaf, -1, tile.column, tile.columns)[..., None, :]
+        return columns_of(leaf[..., None, :], tile)
     return sliced_tile(leaf, tile)
 
 
-def sliced_tile(array: Array, tile: Tile) -> Array:
+def sliced_tile(array: Array, tile: Tile | ListedTile) -> Array:
     """Returns the part of an array [.., T|1, S|1] that lies on a tile."""
     if array.shape[-2] > 1:
         array = sliced(array, -2, tile.row, tile.rows)
-    if array.shape[-1] > 1:
-        array = sliced(array, -1, tile.column, tile.columns)
-    return array
+    return columns_of(array, tile) if array.shape[-1] > 1 else array
+
+
+def columns_of(array: Array, tile: Tile | ListedTile) -> Array:
+    """Returns the columns of a tile of an array [B|1, N|K|1, rows, S]."""
+    if isinstance(tile, Tile):
+        return sliced(array, -1, tile.column, tile.columns)
+    array, keys = same_heads(array, tile.keys)
+    return jnp.take_along_axis(array, keys, axis=-1)
 
 
 def sliced(array: Array, axis: int, start: Bound, size: int) -> Array:

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from pallas_kernels.masks.algebra import (
     Bound,
+    ListedTile,
     Mask,
     Shape,
     Tile,
@@ -164,10 +165,10 @@ class _BlockMap(Mask):
     block_q: int
     block_k: int
 
-    def tile(self, tile: Tile) -> Array:
+    def tile(self, tile: Tile | ListedTile) -> Array:
         rows = (tile.queries // self.block_q).ravel()
-        columns = (tile.keys // self.block_k).ravel()
-        return jnp.take(jnp.take(self.kept, rows, axis=2), columns, axis=3)
+        kept, columns = same_heads(jnp.take(self.kept, rows, axis=2), tile.keys // self.block_k)
+        return jnp.take_along_axis(kept, columns, axis=3)
 
     def key_range(self, row: Bound, rows: int, keys: int) -> tuple[Bound, Bound]:
         return _listed_range(self.kept, row, rows, self.block_q, self.block_k)

@@ -20,7 +20,7 @@ from pallas_kernels.tiled import (
     merge_partials,
     tiled_attention,
     tiled_attention_transposed,
-    xla,
+    xla_tile,
 )
 from tests.numerics import assert_close
 from tests.oracles import tiled_attention as oracle
@@ -460,11 +460,11 @@ def test_memory_is_linear():
 
 def test_a_table_of_diagonals():
     values = _normal(0, 2, 10)
-    square = xla._by_diagonal(values, 4, 7)
+    square = xla_tile.by_diagonal(values, 4, 7)
     for i, j in np.ndindex(4, 7):
         np.testing.assert_array_equal(square[:, i, j], values[:, j - i + 3])
-    transpose = jax.linear_transpose(lambda x: xla._by_diagonal(x, 4, 7), values)
-    assert_close(xla._sum_diagonals(square), transpose(square)[0])
+    transpose = jax.linear_transpose(lambda x: xla_tile.by_diagonal(x, 4, 7), values)
+    assert_close(xla_tile.sum_diagonals(square), transpose(square)[0])
 
 
 ARRAYS = _arrays()
