@@ -7,19 +7,17 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import matplotlib
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from experiments.config import LogConfig
 from experiments.errors import ExperimentError
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 METRICS = "metrics.jsonl"
 PLOT = "curves.png"
@@ -42,11 +40,7 @@ class Record:
         try:
             self._keep_until(start)
             self._file = (run / METRICS).open("a", buffering=1)
-            self._board = (
-                SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
-                if config.tensorboard
-                else None
-            )
+            self._board = _open_board(run, start) if config.tensorboard else None
         except OSError as error:
             raise ExperimentError(f"cannot write to {run}: {error}") from error
         self._progress = Progress(
@@ -142,6 +136,9 @@ def plot(run: Path, baselines: dict[str, float] | None = None) -> Path:
     Returns:
       The picture's path.
     """
+    # Half a second to import, which only a command that draws should wait for.
+    from matplotlib.figure import Figure
+
     rows = read_metrics(run)
     training = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
     validation = [
@@ -150,9 +147,8 @@ def plot(run: Path, baselines: dict[str, float] | None = None) -> Path:
         if "validation_bits_per_byte" in row
     ]
     rates = [(row["step"], row["learning_rate"]) for row in rows if "learning_rate" in row]
-    figure, (above, below) = plt.subplots(
-        2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     if training:
         steps, bits = np.asarray(training).T
         above.plot(steps, bits, color="tab:blue", alpha=0.35, linewidth=1)
@@ -174,8 +170,13 @@ def plot(run: Path, baselines: dict[str, float] | None = None) -> Path:
     figure.suptitle(run.name)
     path = run / PLOT
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
+
+
+def _open_board(run: Path, start: int) -> SummaryWriter:
+    from tensorboardX import SummaryWriter  # slow to import, and not every run has one
+
+    return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
 
 
 def _smooth(values: np.ndarray, weight: float = 0.9) -> np.ndarray:

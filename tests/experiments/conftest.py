@@ -45,7 +45,7 @@ def command(shared_directory, data_directory):
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "TFDS_DATA_DIR": str(data_directory),
             "JAX_COMPILATION_CACHE_DIR": str(shared_directory / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": str(ROOT),
