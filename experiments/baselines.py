@@ -29,6 +29,8 @@ class ByteModel:
             raise ValueError(f"order: {order}; it must be 0, 1 or 2")
         symbols = _symbols(documents, order)
         self._counts = [_count(symbols, length) for length in range(order + 1)]
+        self._totals = [counts.sum(1, dtype=np.int64) for counts in self._counts]
+        self._distinct = [(counts > 0).sum(1) for counts in self._counts]
 
     def bits(self, documents: Iterable[bytes]) -> float:
         """The code length of documents in bits."""
@@ -36,8 +38,8 @@ class ByteModel:
         probability = np.full(int((symbols != MARK).sum()), 1 / 256)
         for length, counts in enumerate(self._counts):
             contexts, bytes_ = _contexts(symbols, length)
-            totals = counts.sum(1, dtype=np.int64)[contexts]
-            distinct = (counts > 0).sum(1)[contexts]
+            totals = self._totals[length][contexts]
+            distinct = self._distinct[length][contexts]
             seen = totals > 0
             mixed = counts[contexts, bytes_] + distinct * probability
             np.divide(mixed, totals + distinct, out=probability, where=seen)

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.errors import ExperimentError
 
@@ -84,21 +86,50 @@ def run_command(command):
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys, data_directory):
-    """Calls a command's `main` in this process, which it must leave with a message.
+def compiled_once(shared_directory):
+    """Keeps what this process compiles, for commands that compile the same again."""
+    names = {
+        "jax_compilation_cache_dir": str(shared_directory / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
 
-    Returns a function that gives exit code and message.
-    """
+    def use(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    use(names)
+    yield
+    use(before)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, data_directory, quick_compilation, compiled_once):
+    """Calls a command's `main` in this process, with its eight devices; returns the output."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_directory))
+    monkeypatch.setenv("COLUMNS", "160")
 
-    def call(module: str, *arguments: object) -> tuple[int, str]:
+    def run(module: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        capsys.readouterr()
+        importlib.import_module(module).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(call, capsys):
+    """As `call`, of a command that must end with a message: returns exit code and message."""
+
+    def run(module: str, *arguments: object) -> tuple[int, str]:
         try:
-            importlib.import_module(module).main()
+            call(module, *arguments)
         except ExperimentError as error:
             return error.exit_code, str(error)
         except SystemExit as error:
             return error.code, "".join(capsys.readouterr())
         raise AssertionError(f"{module} takes {arguments}")
 
-    return call
+    return run

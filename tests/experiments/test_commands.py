@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,50 +11,60 @@ from pathlib import Path
 
 import pytest
 
+from experiments import config as configs
 from experiments.checkpoint import complete_steps
+from experiments.quickstart import _next_run
 from experiments.record import PLOT, read_metrics
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=["lightning_attention", "softmax_attention"])
-def job(request, shared_directory, tmp_path_factory):
-    return request.param, tmp_path_factory.mktemp("job") / "run"
-
-
-@pytest.fixture
-def done(job, run_command):
-    """The output of `make train` with a tiny model, and its run."""
-    mechanism, run = job
-    log = run.parent / "out.txt"
-    if not log.exists():
-        options = ("--model.mechanism", mechanism, "--data.test-split", "test[:6%]")
-        code, out, err = run_command(
-            "experiments.quickstart", "--preset", "tiny", "--run", run, *options
-        )
-        assert code == 0, out + err
-        log.write_text(out)
-    return mechanism, run, log.read_text()
+QUICKSTART = (
+    "--preset", "tiny", "--data.train-split", "train[:10%]", "--data.test-split", "test[:6%]"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def wrong_run(tmp_path_factory):
+def job(tmp_path_factory):
+    return tmp_path_factory.mktemp("job")
+
+
+@pytest.fixture
+def done(job, command, run_command):
+    """The output of `make train` with a tiny model that was killed and started again, its run."""
+    run, log = job / "runs" / "tiny", job / "out.txt"
+    if not log.exists():
+        process = command("experiments.quickstart", *QUICKSTART, cwd=job)
+        until = time.monotonic() + 200
+        while not complete_steps(run / "checkpoints"):
+            assert time.monotonic() < until and process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        code, out, err = run_command("experiments.quickstart", *QUICKSTART, cwd=job)
+        assert code == 0, out + err
+        log.write_text(out)
+    return run, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
     return tmp_path_factory.mktemp("one") / "run"
 
 
 @pytest.fixture
-def one_run(wrong_run, run_command):
-    """A run of two steps."""
-    if not wrong_run.exists():
-        options = ("--preset", "tiny", "--steps", 2, "--log.no-tensorboard", "--run", wrong_run)
-        code, out, err = run_command("experiments.train", "text", *options)
-        assert code == 0, out + err
-    return wrong_run
+def one_run(short_run, call):
+    """A run of two steps with another mechanism than the presets'."""
+    if not short_run.exists():
+        options = ("--preset", "tiny", "--steps", 2, "--model.mechanism", "softmax_attention")
+        call("experiments.train", "text", *options, "--log.no-tensorboard", "--run", short_run)
+    return short_run
 
 
 def test_quickstart_shows_the_whole_job(done):
-    mechanism, run, out = done
+    run, out = done
+    mechanism = "lightning_attention"
     table = [line.split() for line in out.splitlines()]
     values = {" ".join(words[:-1]): words[-1] for words in table if len(words) > 1}
     bits = {
@@ -64,7 +75,7 @@ def test_quickstart_shows_the_whole_job(done):
     assert 0 < bits[mechanism] < 8
     assert "def " in out and "What to try next" in out
     for path in (run / "checkpoints" / "20", run / PLOT, run / "metrics.jsonl"):
-        assert str(path) in out and path.exists()
+        assert str(path.relative_to(run.parents[1])) in out and path.exists()
     assert (run / PLOT).read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").glob("events*"))
     rows = read_metrics(run)
@@ -73,34 +84,67 @@ def test_quickstart_shows_the_whole_job(done):
     assert json.loads((run / "evaluation.json").read_text())["bits_per_byte"][mechanism] > 0
 
 
-def test_evaluate_counts_the_same_bytes_for_all(done, run_command):
-    mechanism, run, _ = done
-    code, out, err = run_command("experiments.evaluate", run, "--max-bytes", 3000)
-    assert code == 0, out + err
+def test_quickstart_that_was_cut_off_goes_on_and_a_finished_one_is_kept(
+    done, monkeypatch, tmp_path
+):
+    run, out = done
+    assert "resuming runs/tiny at step" in out
+
+    def next_run(*more):
+        return _next_run(configs.parse([*QUICKSTART, *more], "make train"))
+
+    monkeypatch.chdir(run.parents[1])
+    found = next_run()
+    assert found.run == Path("runs/tiny-2") and not found.resume
+    # Longer than it is, the run is unfinished; but it was started with another number of steps.
+    assert not next_run("--steps", "40").resume
+    shutil.copytree(run, tmp_path / "runs" / "tiny", ignore=shutil.ignore_patterns("20"))
+    monkeypatch.chdir(tmp_path)
+    found = next_run()
+    assert found.run == Path("runs/tiny") and found.resume
+    found = next_run("--seed", "1")
+    assert found.run == Path("runs/tiny-2") and not found.resume
+
+
+def test_evaluate_counts_the_same_bytes_for_all(done, call):
+    run, _ = done
+    mechanism = "lightning_attention"
+    first = json.loads((run / "evaluation.json").read_text())
+    # Another batch layout over more devices measures the same as the quickstart did.
+    call("experiments.evaluate", run, "--mesh.fsdp", 2, "--no-baselines")
+    again = json.loads((run / "evaluation.json").read_text())
+    assert again["bytes"] == first["bytes"] > 3000
+    expected = first["bits_per_byte"][mechanism]
+    assert again["bits_per_byte"] == {mechanism: pytest.approx(expected, abs=1e-4)}
+    out = call("experiments.evaluate", run, "--max-bytes", 3000)
     assert "3,000 bytes" in out and mechanism in out
     found = json.loads((run / "evaluation.json").read_text())
     assert found["bytes"] == 3000 and found["step"] == 20
-    # Another batch layout over more devices measures the same.
-    code, out, err = run_command(
-        "experiments.evaluate", run, "--max-bytes", 3000, "--mesh.fsdp", 2, "--no-baselines",
-        devices=4,
-    )  # fmt: skip
-    assert code == 0, out + err
-    again = json.loads((run / "evaluation.json").read_text())["bits_per_byte"]
-    assert again == {mechanism: pytest.approx(found["bits_per_byte"][mechanism], abs=1e-4)}
+    assert len(found["bits_per_byte"]) == 4
+    (run / "evaluation.json").write_text(json.dumps(first))
 
 
-def test_generate(done, run_command):
-    _, run, _ = done
-    options = ("--prompt", "import ", "--length", 70, "--seed", 3)
-    code, first, err = run_command("experiments.generate", run, *options)
-    assert code == 0, first + err
+def test_generate(done, call):
+    run, shown = done
+    options = ("--prompt", "import ", "--length", 70)
+    first = call("experiments.generate", run, *options, "--seed", 3)
     assert first.startswith("import ") and len(first) > len("import ") + 1
-    _, second, _ = run_command("experiments.generate", run, *options, devices=2)
-    assert first == second
+    assert call("experiments.generate", run, *options, "--seed", 3) == first
+    assert call("experiments.generate", run, *options, "--seed", 4) != first
+    # The quickstart had one device.
+    same = call("experiments.generate", run).rstrip("\n")
+    assert same.replace("\n", "\n    ") in shown
     best = ("--checkpoint", "best", "--temperature", 0, "--top-k", 5, "--top-p", 0.9)
-    code, out, err = run_command("experiments.generate", run, *options, *best)
-    assert code == 0 and out.startswith("import "), out + err
+    assert call("experiments.generate", run, *options, *best).startswith("import ")
+
+
+def test_another_mechanism_goes_through_every_command(one_run, call):
+    out = call("experiments.evaluate", one_run, "--max-bytes", 600, "--no-baselines")
+    assert "softmax_attention" in out
+    bits = json.loads((one_run / "evaluation.json").read_text())["bits_per_byte"]
+    assert 0 < bits["softmax_attention"] < 12
+    out = call("experiments.generate", one_run, "--prompt", "import ", "--length", 5)
+    assert out.startswith("import ")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +173,6 @@ def test_wrong_input_is_one_message(module, arguments, code, message, refused, o
 @pytest.mark.parametrize(
     ("module", "arguments", "code"),
     [
-        ("train", ["text", "--steps", 0], 1),
         ("evaluate", ["runs/none"], 1),
         ("generate", ["runs/none", "--top-k", 0], 2),
     ],
@@ -154,24 +197,3 @@ def test_a_reader_that_has_had_enough_is_no_error():
     finally:
         os.close(writer)
     assert result.returncode == 128 + signal.SIGPIPE and result.stderr == ""
-
-
-def test_quickstart_that_was_cut_off_goes_on_and_a_finished_one_is_kept(
-    command, run_command, tmp_path
-):
-    options = ("--preset", "tiny", "--log.no-tensorboard", "--data.test-split", "test[:1%]")
-    root = {"cwd": tmp_path}
-    run = tmp_path / "runs" / "tiny"
-    process = command("experiments.quickstart", *options, **root)
-    until = time.monotonic() + 200
-    while not complete_steps(run / "checkpoints"):
-        assert time.monotonic() < until and process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    code, out, err = run_command("experiments.quickstart", *options, **root)
-    assert code == 0, out + err
-    assert "resuming runs/tiny at step" in out
-    code, out, err = run_command("experiments.quickstart", *options, **root)
-    assert code == 0, out + err
-    assert "runs/tiny-2" in out and (run.with_name("tiny-2") / "checkpoints" / "20").is_dir()
