@@ -1,5 +1,6 @@
 """Data and processes that the tests of the experiments share."""
 
+import fcntl
 import importlib
 import os
 import subprocess
@@ -10,6 +11,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from experiments.data.python_source import PythonSource, PythonSourceConfig, standard_library
 from experiments.errors import ExperimentError
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,24 @@ def shared_directory(tmp_path_factory) -> Path:
 def data_directory(shared_directory) -> Path:
     """Where the data sets of this test run are built, once."""
     return shared_directory / "tfds"
+
+
+@pytest.fixture(scope="session")
+def small_text(data_directory) -> tuple[str, ...]:
+    """Options that take a prepared part of the library, where the text does not matter.
+
+    To look at all of it takes each command two seconds.
+    """
+    library = Path(standard_library()[0])
+    source = PythonSourceConfig.of(*(library / name for name in ("asyncio", "email", "unittest")))
+    builder = PythonSource(config=source, data_dir=str(data_directory), file_format="array_record")
+    data_directory.mkdir(exist_ok=True)
+    with (data_directory / "small.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not builder.data_path.exists():
+            builder.download_and_prepare()
+    name = f"python_source/{source.name}"
+    return "--data.name", name, "--data.shuffle-bytes", "65536"
 
 
 @pytest.fixture

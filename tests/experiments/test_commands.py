@@ -54,11 +54,12 @@ def short_run(tmp_path_factory):
 
 
 @pytest.fixture
-def one_run(short_run, call):
+def one_run(short_run, call, small_text):
     """A run of two steps with another mechanism than the presets'."""
     if not short_run.exists():
-        options = ("--preset", "tiny", "--steps", 2, "--model.mechanism", "softmax_attention")
-        call("experiments.train", "text", *options, "--log.no-tensorboard", "--run", short_run)
+        options = ("--preset", "tiny", "--steps", 2, "--model.num-layers", 1)
+        options += ("--model.mechanism", "softmax_attention", "--log.no-tensorboard", *small_text)
+        call("experiments.train", "text", *options, "--run", short_run)
     return short_run
 
 

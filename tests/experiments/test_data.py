@@ -129,9 +129,9 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
+def library(data_directory):
     """python_source of the running interpreter."""
-    config = TextDataConfig(data_dir=str(tmp_path_factory.mktemp("library")))
+    config = TextDataConfig(data_dir=str(data_directory))
     next(documents(config, "train"))
     return config
 
@@ -348,11 +348,13 @@ def test_two_processes_build_once(tmp_path):
 
 HANG_WHILE_BUILDING = """
 import pathlib, sys, time
-from experiments.data.python_source import PythonSource
+from experiments.data.python_source import PythonSource, PythonSourceConfig
 from experiments.data.text import TextDataConfig, documents
+source = PythonSourceConfig.of(sys.argv[3])
+PythonSource.get_default_builder_config = lambda self: source
 generate = PythonSource._generate_examples
 def hang(self, files):
-    yield from generate(self, dict(list(files.items())[:50]))
+    yield from generate(self, dict(list(files.items())[:2]))
     pathlib.Path(sys.argv[2]).touch()
     time.sleep(600)
 PythonSource._generate_examples = hang
@@ -361,8 +363,8 @@ next(documents(TextDataConfig(data_dir=sys.argv[1]), "train"))
 
 
 @pytest.mark.slow
-def test_a_killed_build_is_built_again(tmp_path, library):
-    process = start(HANG_WHILE_BUILDING, tmp_path / "data", tmp_path / "half-way")
+def test_a_killed_build_is_built_again(tmp_path, tree, monkeypatch):
+    process = start(HANG_WHILE_BUILDING, tmp_path / "data", tmp_path / "half-way", tree)
     deadline = time.monotonic() + 120
     while not (tmp_path / "half-way").exists():
         assert process.poll() is None, process.communicate()
@@ -372,8 +374,12 @@ def test_a_killed_build_is_built_again(tmp_path, library):
     process.communicate()
     assert list((tmp_path / "data").rglob("incomplete*"))
 
+    monkeypatch.setattr(
+        PythonSource, "get_default_builder_config", lambda self: PythonSourceConfig.of(tree)
+    )
     config = TextDataConfig(data_dir=str(tmp_path / "data"))
-    assert list(documents(config, "test")) == list(documents(library, "test"))
+    expected = [text for _, text in records(build(tree, tmp_path / "undisturbed"), "test")]
+    assert list(documents(config, "test")) == expected
     assert not list((tmp_path / "data").rglob("incomplete*"))
 
 

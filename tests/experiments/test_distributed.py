@@ -11,7 +11,15 @@ from experiments.checkpoint import complete_steps
 from experiments.record import read_metrics
 
 pytestmark = pytest.mark.slow
-TRAIN = ("text", "--preset", "tiny", "--log.no-tensorboard", "--checkpoint.every", "4")
+TRAIN = (
+    "text", "--preset", "tiny", "--model.num-layers", "1", "--log.no-tensorboard",
+    "--checkpoint.every", "4",
+)  # fmt: skip
+
+
+@pytest.fixture
+def train(small_text):
+    return (*TRAIN, *small_text)
 
 
 def start_pair(command, *arguments):
@@ -21,9 +29,7 @@ def start_pair(command, *arguments):
         port = listener.getsockname()[1]
     peers = ("--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", 2)
     return [
-        command(
-            "experiments.train", *TRAIN, *arguments, *peers, "--distributed.process", i, devices=2
-        )
+        command("experiments.train", *arguments, *peers, "--distributed.process", i, devices=2)
         for i in range(2)
     ]
 
@@ -38,9 +44,9 @@ def losses(run):
     return {row["step"]: row["loss"] for row in read_metrics(run) if "loss" in row}
 
 
-def test_two_processes_train_one_model_resume_and_stop_together(command, run_command, tmp_path):
+def test_two_processes_train_one_model_resume_and_stop_together(command, refused, train, tmp_path):
     run = tmp_path / "run"
-    options = ("--run", run, "--mesh.fsdp", 2, "--steps", 400)
+    options = (*train, "--run", run, "--mesh.fsdp", 2, "--steps", 400)
     pair = start_pair(command, *options)
     until = time.monotonic() + 240
     while not ((run / "metrics.jsonl").exists() and len(losses(run)) >= 9):
@@ -63,22 +69,19 @@ def test_two_processes_train_one_model_resume_and_stop_together(command, run_com
 
     # The same job on one process with as many devices reads other documents at a time, but a
     # checkpoint of two processes has two positions in the data: it says so.
-    code, _, err = run_command("experiments.train", *TRAIN, *options[:2], "--resume", devices=4)
+    code, err = refused("experiments.train", *options, "--resume")
     assert code == 1
-    assert "2 processes" in err and "1 process" in err and "Traceback" not in err
+    assert "2 processes" in err and "1 process" in err
     assert complete_steps(run / "checkpoints")[-1] == stopped, "nothing is moved or lost"
 
 
 def test_two_processes_give_the_losses_of_one_where_they_read_the_same_rows(
-    command, run_command, tmp_path
+    command, call, train, tmp_path
 ):
     # With tensor=4 over both processes each reads every row, as one process does.
-    spanning = ("--mesh.tensor", 4, "--model.num-heads", 4, "--steps", 10)
-    finish(start_pair(command, "--run", tmp_path / "span", *spanning))
-    code, out, err = run_command(
-        "experiments.train", *TRAIN, "--run", tmp_path / "one", *spanning, devices=4
-    )
-    assert code == 0, out + err
+    spanning = (*train, "--mesh.tensor", 4, "--model.num-heads", 4, "--steps", 10)
+    finish(start_pair(command, *spanning, "--run", tmp_path / "span"))
+    call("experiments.train", *spanning, "--run", tmp_path / "one")
     one, two = losses(tmp_path / "one"), losses(tmp_path / "span")
     assert one.keys() == two.keys()
     assert sorted(one) == list(range(1, 11))

@@ -16,7 +16,12 @@ from experiments.checkpoint import complete_steps
 from experiments.record import read_metrics
 
 pytestmark = pytest.mark.slow
-TRAIN = ("text", "--preset", "tiny", "--log.no-tensorboard")
+STEPS = 40  # so many that there is time for a signal before the last
+TRAIN = (
+    "text", "--preset", "tiny", "--steps", str(STEPS), "--model.num-layers", "1",
+    "--checkpoint.every", "10", "--checkpoint.keep", "4", "--log.evaluate-every", "20",
+    "--log.no-tensorboard",
+)  # fmt: skip
 
 
 def parameters(run, step):
@@ -42,24 +47,30 @@ def losses(run):
 
 
 def check_same_end(run, undisturbed):
-    """Checks that a run of twenty steps is, bit for bit, the one that nothing disturbed."""
+    """Checks that a finished run is, bit for bit, the one that nothing disturbed."""
     assert losses(run) == losses(undisturbed)
-    expected, actual = parameters(undisturbed, 20), parameters(run, 20)
+    expected, actual = parameters(undisturbed, STEPS), parameters(run, STEPS)
     assert expected.keys() == actual.keys() and len(expected) > 10
     for name, value in expected.items():
         np.testing.assert_array_equal(actual[name], value, err_msg=name)
 
 
+@pytest.fixture
+def train(small_text):
+    """The command line of a short run."""
+    return (*TRAIN, *small_text)
+
+
 @pytest.fixture(scope="module")
-def finished(shared_directory, data_directory, request, tmp_path_factory):
-    """A run of twenty steps that nothing disturbed."""
+def finished(tmp_path_factory):
     return tmp_path_factory.mktemp("finished") / "run"
 
 
 @pytest.fixture
-def undisturbed(finished, run_command):
+def undisturbed(finished, run_command, train):
+    """A finished run that nothing disturbed."""
     if not finished.exists():
-        code, out, err = run_command("experiments.train", *TRAIN, "--run", finished)
+        code, out, err = run_command("experiments.train", *train, "--run", finished)
         assert code == 0, out + err
     return finished
 
@@ -76,52 +87,43 @@ def wait_for_step(process, run, step, timeout=240):
     raise AssertionError(f"no step {step} in {timeout} s")
 
 
-def test_killed_at_a_random_step_then_resumed_ends_bit_identical(undisturbed, command, tmp_path):
+def test_stopped_and_killed_then_resumed_ends_bit_identical(
+    undisturbed, command, run_command, train, tmp_path
+):
     run = tmp_path / "run"
     rng = random.Random(time.time_ns())
-    at = sorted(rng.sample(range(1, 20), 2))
-    print(f"killed at steps {at}")
-    resume = ()
-    for step in at:
-        process = command("experiments.train", *TRAIN, "--run", run, *resume)
+
+    def stop(step, number, *resume):
+        process = command("experiments.train", *train, "--run", run, *resume)
         wait_for_step(process, run, step)
-        time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode in (-signal.SIGKILL, 0), out
-        resume = ("--resume",)
-    process = command("experiments.train", *TRAIN, "--run", run, "--resume")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
-    assert len(losses(run)) == 20
-    check_same_end(run, undisturbed)
+        if number == signal.SIGKILL:
+            time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
 
+    code, out, err = stop(2, signal.SIGINT)
+    assert code == 130, out + err
+    assert "stopped by SIGINT after step" in out and "Traceback" not in err
+    first = complete_steps(run / "checkpoints")[-1]
+    assert f"after step {first};" in out and 2 <= first < STEPS
 
-def test_sigterm_saves_and_exits_0(undisturbed, command, run_command, tmp_path):
-    run = tmp_path / "run"
-    process = command("experiments.train", *TRAIN, "--run", run)
-    wait_for_step(process, run, 7)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
-    assert "stopped by SIGTERM after step" in out and "--resume" in out
-    step = complete_steps(run / "checkpoints")[-1]
-    assert f"after step {step};" in out and 7 <= step < 20
-    code, out, err = run_command("experiments.train", *TRAIN, "--run", run, "--resume")
+    code, out, err = stop(first + 1, signal.SIGTERM, "--resume")
     assert code == 0, out + err
-    assert f"at step {step}" in out
+    assert f"at step {first}" in out and "stopped by SIGTERM after step" in out
+    assert "--resume" in out
+    second = complete_steps(run / "checkpoints")[-1]
+    assert f"after step {second};" in out and first < second < STEPS
+
+    at = rng.randrange(second + 1, STEPS + 1)
+    print(f"killed at step {at}")
+    code, out, _ = stop(at, signal.SIGKILL, "--resume")
+    assert code in (-signal.SIGKILL, 0), out
+
+    code, out, err = run_command("experiments.train", *train, "--run", run, "--resume")
+    assert code == 0, out + err
+    assert len(losses(run)) == STEPS
     check_same_end(run, undisturbed)
-
-
-def test_sigint_saves_and_exits_130(command, tmp_path):
-    run = tmp_path / "run"
-    process = command("experiments.train", *TRAIN, "--run", run)
-    wait_for_step(process, run, 3)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, out + err
-    assert "stopped by SIGINT after step" in out
-    assert "Traceback" not in err
 
 
 def largest_files(directory):
@@ -129,76 +131,73 @@ def largest_files(directory):
     return sorted(files, key=lambda path: -path.stat().st_size)
 
 
-@pytest.mark.parametrize("which", ["array data", "data position", "structure"])
-def test_truncated_newest_checkpoint_is_reported_and_the_one_before_used(
-    which, undisturbed, run_command, tmp_path
+def test_truncated_newest_checkpoints_are_reported_and_the_one_before_used(
+    undisturbed, run_command, train, tmp_path
 ):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
-    before, newest = complete_steps(run / "checkpoints")[-2:]
-    folder = run / "checkpoints" / str(newest)
-    path = {
-        "array data": lambda: largest_files(folder / "state")[0],
-        "data position": lambda: largest_files(folder / "data")[0],
-        "structure": lambda: folder / "state" / "_METADATA",
-    }[which]()
-    os.truncate(path, path.stat().st_size // 2)
-    code, out, err = run_command("experiments.train", *TRAIN, "--run", run, "--resume")
+    before, *damaged = complete_steps(run / "checkpoints")
+    first, second, third = (run / "checkpoints" / str(step) for step in damaged)
+    array_data = largest_files(first / "state")[0]
+    position = largest_files(second / "data")[0]
+    structure = third / "state" / "_METADATA"
+    for path in (array_data, position, structure):
+        os.truncate(path, path.stat().st_size // 2)
+    code, out, err = run_command("experiments.train", *train, "--run", run, "--resume")
     assert code == 0, out + err
-    assert f"warning: the checkpoint of step {newest} cannot be read" in out
+    for step in damaged:
+        assert f"warning: the checkpoint of step {step} cannot be read" in out
+        assert (run / "checkpoints" / f"damaged-{step}").is_dir()
     assert f"resuming {run} at step {before}" in out
     assert "Traceback" not in err
-    assert (run / "checkpoints" / f"damaged-{newest}").is_dir()
     check_same_end(run, undisturbed)
 
 
-def test_all_checkpoints_damaged_is_one_message(undisturbed, run_command, tmp_path):
+def test_all_checkpoints_damaged_is_one_message(undisturbed, run_command, train, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     steps = complete_steps(run / "checkpoints")
     for step in steps:
         for path in largest_files(run / "checkpoints" / str(step) / "state"):
             os.truncate(path, 1)
-    code, out, err = run_command("experiments.train", *TRAIN, "--run", run, "--resume")
+    code, out, err = run_command("experiments.train", *train, "--run", run, "--resume")
     assert code == 1
     assert err.startswith("error: no checkpoint in") and "Traceback" not in err + out
     assert complete_steps(run / "checkpoints") == steps, "nothing may be deleted"
 
 
-def test_full_disk_keeps_the_checkpoints_there_are(command, tmp_path):
+def test_full_disk_keeps_the_checkpoints_there_are(command, run_command, train, tmp_path):
     run = tmp_path / "run"
-    # Checkpoints of this run are larger than a file may become after its step 9.
-    options = ("--model.features", "128", "--model.num-layers", "3", "--steps", "40")
-    process = command("experiments.train", *TRAIN, "--run", run, *options)
-    wait_for_step(process, run, 8)
+    process = command("experiments.train", *train, "--run", run)
+    wait_for_step(process, run, 10)
     until = time.monotonic() + 60
     while not complete_steps(run / "checkpoints") and time.monotonic() < until:
-        time.sleep(0.02)
+        time.sleep(0.005)
     kept = complete_steps(run / "checkpoints")
     assert kept
-    # What a file system without room does to a writer, a limit on the size of files does too.
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
+    # What a file system without room does to a writer, a limit on the size of files does too:
+    # checkpoints of this run are larger than a file may become from here on.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     out, err = process.communicate(timeout=240)
     assert process.returncode == 1, (process.returncode, out, err)
     assert "could not be written to" in err and "the newest complete one is that of step" in err
     assert err.count("error:") == 1 and "Traceback" not in err
     assert set(kept) & set(complete_steps(run / "checkpoints"))
-    process = command("experiments.train", *TRAIN, "--run", run, "--resume", *options)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, out + err
-    assert [step for step, _ in losses(run)] == list(range(1, 41))
+    code, out, err = run_command("experiments.train", *train, "--run", run, "--resume")
+    assert code == 0, out + err
+    assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
 
 
-def test_non_finite_loss_stops_with_step_batch_and_an_earlier_checkpoint(run_command, tmp_path):
+def test_non_finite_loss_stops_with_step_batch_and_an_earlier_checkpoint(refused, train, tmp_path):
     run = tmp_path / "run"
-    code, out, err = run_command(
-        "experiments.train", *TRAIN, "--run", run, "--optimizer.learning-rate", "1e38",
+    code, err = refused(
+        "experiments.train", *train, "--run", run, "--optimizer.learning-rate", "1e38",
         "--optimizer.warmup-steps", "0", "--optimizer.clip-norm", "1e30",
     )  # fmt: skip
-    assert code == 1, out + err
-    assert "Traceback" not in err
-    step = int(err.split("error: step ")[1].split(":")[0])
-    assert "the loss is" in err and f"The batch is number {step} of seed 0 (crc32" in err
+    assert code == 1
+    step = int(err.split("step ")[1].split(":")[0])
+    assert err.startswith(f"step {step}: the loss is")
+    assert f"The batch is number {step} of seed 0 (crc32" in err
     before = step - 1
     assert complete_steps(run / "checkpoints")[-1] == before
     state = parameters(run, before)
@@ -232,21 +231,23 @@ def test_wrong_input_is_one_message(arguments, code, message, refused, tmp_path)
     assert message in said
 
 
-def test_existing_run_is_neither_deleted_nor_mixed(undisturbed, run_command, tmp_path):
+def test_existing_run_is_neither_deleted_nor_mixed(
+    undisturbed, run_command, refused, train, tmp_path
+):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     listing = sorted(run.rglob("*"))
-    code, _, err = run_command("experiments.train", *TRAIN, "--run", run)
+    code, out, err = run_command("experiments.train", *train, "--run", run)
     assert code == 1 and "exists already. --resume" in err
-    code, _, err = run_command(
-        "experiments.train", *TRAIN, "--run", run, "--resume", "--model.features", "64"
-    )
+    assert err.startswith("error: ") and not out and "Traceback" not in err
+    changed = ("--resume", "--model.features", "64")
+    code, err = refused("experiments.train", *train, "--run", run, *changed)
     assert code == 2
     assert "--model.features: the run has 32, the command says 64" in err
     assert sorted(run.rglob("*")) == listing
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("precious")
-    code, _, err = run_command("experiments.train", *TRAIN, "--run", other, "--overwrite")
+    code, err = refused("experiments.train", *train, "--run", other, "--overwrite")
     assert code == 1 and "not overwritten" in err
     assert (other / "thesis.txt").read_text() == "precious"
