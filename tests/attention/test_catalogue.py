@@ -69,8 +69,12 @@ def call(record, **keywords):
     return functools.partial(record.function, **record.small, **keywords)
 
 
+@functools.cache
 def compiled(record, **keywords):
-    """Returns the mechanism's function as one program: one by one its operations compile longer."""
+    """Returns the mechanism's function as one program: one by one its operations compile longer.
+
+    The tests of a record share its programs, as long as they call them with the same shapes.
+    """
     return jax.jit(call(record, **keywords))
 
 
@@ -163,14 +167,26 @@ def test_implementations(record):
             out = call(record, implementation=name, **keywords)(*arrays)
             return jnp.sum(jnp.sin(out)), out
 
-        results = {}
-        for name in (None, "reference"):
-            fn = functools.partial(loss, name, keywords)
-            results[name] = jax.jit(jax.grad(fn, argnums=(0, 1, 2), has_aux=True))(*arrays)
-        assert_close(results[None], results["reference"], factor=2)
-        for name in set(runnable) - {"reference"}:
-            out = compiled(record, implementation=name, **keywords)(*arrays)
-            assert_close(out, results["reference"][1], factor=2)
+        @jax.jit
+        def everything(*arrays, loss=loss, keywords=keywords):
+            """One program compiles sooner than one for each implementation."""
+            chosen, reference = (
+                jax.grad(functools.partial(loss, name, keywords), argnums=(0, 1, 2), has_aux=True)(
+                    *arrays
+                )
+                for name in (None, "reference")
+            )
+            outputs = [
+                call(record, implementation=name, **keywords)(*arrays)
+                for name in runnable
+                if name != "reference"
+            ]
+            return chosen, reference, outputs
+
+        chosen, reference, outputs = everything(*arrays)
+        assert_close(chosen, reference, factor=2)
+        for out in outputs:
+            assert_close(out, reference[1], factor=2)
     for name in IMPLEMENTATIONS:
         if name not in record.implementations:
             with pytest.raises(NotImplementedError, match=rf"{record.slug}: .*'{name}'"):
@@ -186,26 +202,42 @@ def test_segments_are_separate_documents(record):
         return  # they cannot be given
     if not any(pattern.startswith("self") for pattern in record.patterns):
         pytest.fail("say here how a mechanism without self-attention is tested")
-    arrays, cut = inputs_of(record), 5
-    ids = jnp.repeat(jnp.array([[4, 2]]), jnp.array([cut, TOKENS - cut]), axis=1)
-    ids = jnp.broadcast_to(ids, (BATCH, TOKENS))
+    arrays = inputs_of(record, tokens=2 * TOKENS)
+    lengths = ((TOKENS, TOKENS), (5, TOKENS, TOKENS - 5))
+    ids = jnp.array([np.repeat([4, 2, 7][: len(row)], row) for row in lengths])
     for keywords in map(dict, {tuple(options(record, causal).items()) for causal in (True, False)}):
         packed = compiled(record, **keywords)(*arrays, segment_ids=ids)
-        parts = [
-            compiled(record, **keywords)(*tokens_of(record, arrays, part))
-            for part in (slice(0, cut), slice(cut, None))
-        ]
-        assert_close(packed, jnp.concatenate(parts, axis=1))
+        causal = keywords.get("is_causal", "self causal" in record.patterns)
+        blind = causal and not record.selects_ahead
+        for row, start, count in (
+            (0, 0, TOKENS),
+            (0, TOKENS, TOKENS),
+            (1, 5, TOKENS),
+            # What follows a document's end changes nothing before it, so that the program of
+            # TOKENS tokens serves shorter ones too; what follows the row's end are zeros.
+            *(((1, 0, 5), (1, TOKENS + 5, TOKENS - 5)) if blind else ()),
+        ):
+            document = [
+                jnp.pad(x, ((0, 0), (0, TOKENS), (0, 0), (0, 0)))
+                for x in tokens_of(record, arrays, slice(start, None))
+            ]
+            document = tokens_of(record, document, slice(0, TOKENS))
+            if record.one_query:
+                document[0] = arrays[0]
+            alone = compiled(record, **keywords)(*document)
+            end = start + count
+            assert_close(packed[row, start:end], alone[row, :count])
 
 
 @quick
 @each_record
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 def test_low_precision(record, dtype):
+    function = compiled(record, **options(record, causal=True))
     low = inputs_of(record, dtype=dtype)
-    out = compiled(record)(*low)
+    out = function(*low)
     assert out.dtype == dtype
-    assert_close(out, compiled(record)(*(x.astype(jnp.float32) for x in low)), dtype)
+    assert_close(out, function(*(x.astype(jnp.float32) for x in low)), dtype)
 
 
 @quick
@@ -217,13 +249,9 @@ def test_steps_are_one_pass(record):
     expected = compiled(record, **options(record, causal=True))(*arrays)
     sizes = (BATCH, TOKENS, HEADS, KV_HEADS, FEATURES, WIDTH)
     own = {n: x for n, x in record.small.items() if accepts(record.init_state, n)}
-    state = record.init_state(*sizes, jnp.float32, **own)
     step = functools.partial(record.step, **record.small)
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    out, state = jax.jit(step)(state, *tokens_of(record, arrays, slice(0, prompt)))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == shapes
 
-    def one(state, token):
+    def one(arrays, state, token):
         here = [jax.lax.dynamic_slice_in_dim(x, token, 1, axis=1) for x in arrays[1:]]
         query = arrays[0]
         if not record.one_query:
@@ -231,9 +259,17 @@ def test_steps_are_one_pass(record):
         out, state = step(state, query, *here)
         return state, out[:, 0]
 
-    tokens = jnp.arange(prompt, TOKENS)
-    _, outs = jax.jit(functools.partial(jax.lax.scan, one))(state, tokens)
-    assert_close(jnp.concatenate((out, jnp.moveaxis(outs, 0, 1)), axis=1), expected, factor=2)
+    @jax.jit
+    def prompt_and_steps(state, *arrays):
+        out, after = step(state, *tokens_of(record, arrays, slice(0, prompt)))
+        _, outs = jax.lax.scan(functools.partial(one, arrays), after, jnp.arange(prompt, TOKENS))
+        return jnp.concatenate((out, jnp.moveaxis(outs, 0, 1)), axis=1), after
+
+    state = record.init_state(*sizes, jnp.float32, **own)
+    out, after = prompt_and_steps(state, *arrays)
+    shapes, shapes_after = (jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (state, after))
+    assert shapes_after == shapes
+    assert_close(out, expected, factor=2)
 
 
 def degree(cost):
@@ -261,9 +297,9 @@ def test_memory(record):
     assert temporary(8192) <= 1.1 * 2 ** degree(record.memory) * temporary(4096)
 
 
-def run_examples(member, module):
+def run_examples(member, module, **replaced):
     finder = doctest.DocTestFinder(recurse=False)
-    names = {"jax": jax, "jnp": jnp, "np": np} | vars(module)
+    names = {"jax": jax, "jnp": jnp, "np": np} | vars(module) | replaced
     ran = 0
     for test in finder.find(member, member.__name__, globs=names):
         report = []
@@ -273,11 +309,32 @@ def run_examples(member, module):
     return ran
 
 
+def whole(function):
+    """Returns a function as one program of its arrays; what is no array is fixed in it."""
+
+    def call(*arguments, **keywords):
+        leaves, tree = jax.tree.flatten((arguments, keywords))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+        def of_arrays(arrays):
+            filled = leaves.copy()
+            for i, array in zip(places, arrays, strict=True):
+                filled[i] = array
+            arguments, keywords = jax.tree.unflatten(tree, filled)
+            return function(*arguments, **keywords)
+
+        return jax.jit(of_arrays)([leaves[i] for i in places])
+
+    return call
+
+
 @quick
 @each_record
 def test_examples(record):
+    # A step under jit, as programs call it; the function itself runs operation by operation.
+    steps = {record.step.__name__: whole(record.step)} if record.step else {}
     for member in record.exports.values():
-        ran = run_examples(member, inspect.getmodule(member))
+        ran = run_examples(member, inspect.getmodule(member), **steps)
         if member in (record.function, record.step):
             assert ran, f"{member.__name__} has no example"
 
