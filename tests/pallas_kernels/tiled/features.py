@@ -98,9 +98,18 @@ class Call:
 
 
 def block_list(
-    block_q: int, block_k: int, *, lists: int = 1, longest: int = 3, **call: Any
+    block_q: int,
+    block_k: int,
+    *,
+    lists: int = 1,
+    longest: int = 3,
+    idle: bool = False,
+    **call: Any,
 ) -> Call:
-    """Returns a call with random block lists for each of so many heads, the first one empty."""
+    """Returns a call with random block lists for each of so many heads, the first one empty.
+
+    All of the first head's are, if it is idle.
+    """
     call = Call(**call)
     rng = np.random.default_rng(8)
     rows, columns = -(-call.queries // block_q), -(-call.keys // block_k)
@@ -109,6 +118,8 @@ def block_list(
     indices = [np.sort(rng.permutation(columns)[:longest]) for _ in range(np.prod(shape))]
     counts = rng.integers(0, longest + 1, shape)
     counts.flat[0], counts.flat[-1] = 0, longest
+    if idle:
+        counts[:, 0] = 0
     # Behind the end of a list stand numbers of blocks that do not exist.
     listed = np.arange(longest) < counts[..., None]
     indices = np.where(listed, np.reshape(indices, (*shape, longest)), 10**6)
@@ -135,47 +146,86 @@ SEGMENTS = masks.segments(_ids(1, T), _ids(1, S))
 LENGTHS = masks.lengths(np.array([T, 90]), np.array([3, 190]))
 GROUPED = {"heads": 4, "key_heads": 2}
 
+# Every program takes seconds to compile, so terms of scores are tried together with masks, and
+# block lists with either: none of them knows of the others.
 SCORES = {
-    "plain": Call(),
-    "scale of zero": Call({"scale": 0.0}),
-    "negative scale": Call({"scale": -0.3}),
-    "soft cap": Call({"logits_soft_cap": 1.5, "scale": 0.5}),
-    "bias": Call({"bias": normal(5, 1, 2, T, S)}),
-    "bias of keys": Call({"bias": normal(5, 2, 1, 1, S)}, batch=2),
-    "bias of queries": Call({"bias": normal(5, 1, 2, T, 1), "sink": SINK}),
-    "alibi with offsets": Call({"alibi_slopes": SLOPES, "query_offset": OFFSET}, batch=2),
-    "sink": Call({"sink": SINK}),
-    "sink of rows, bias of heads": Call(
-        {"sink": normal(6, 2, T, 2), "bias": normal(5, 1, 2, 1, 1)}, batch=2
+    "scale of zero, dense of queries, of keys": Call(
+        {
+            "scale": 0.0,
+            "mask": masks.dense(_some(1, 2, T, 1)) & masks.dense(_some(2, 1, 1, S)),
+        },
+        batch=2,
     ),
-    "bounded, sink": Call({"logits_bound": 30.0, "sink": SINK, "scale": 0.2}),
-    "bounded by a soft cap": Call({"logits_soft_cap": 2.0, "logit_bias": 1.5}),
-    "sigmoid, traced logit bias": Call({"weights": "sigmoid", "logit_bias": jnp.float32(-3)}),
-    "normalised sigmoid": Call({"weights": "sigmoid", "normalise": True, "alibi_slopes": SLOPES}),
-    "softplus": Call({"weights": "softplus"}),
-    "relu": Call({"weights": "relu", "sink": SINK}),
-    "relu as it is": Call({"weights": "relu", "normalise": False}),
-}
-MASKS = {
-    "causal": Call({"mask": masks.causal()}),
-    "causal with offsets": Call({"mask": masks.causal(OFFSET)}, batch=2),
-    "causal that hides": Call({"mask": masks.causal(-40)}),
-    "window": Call({"mask": masks.window(60, 5, 20)}),
-    "dynamic window": Call({"mask": masks.window(np.array([2, 90]), None, OFFSET)}, batch=2),
-    "prefix": Call({"mask": masks.prefix(np.array([40, 170]), 20)}, batch=2),
-    "segments": Call({"mask": SEGMENTS}),
-    "segments of one sequence": Call({"mask": masks.segments(_ids(1, T))}, keys=T),
-    "segments of heads": Call({"mask": masks.segments(_ids(1, 2, T), _ids(1, 2, S) - 1)}),
-    "segments of key heads": Call({"mask": masks.segments(_ids(1, 2, T), _ids(1, S))}, **GROUPED),
-    "lengths": Call({"mask": LENGTHS}, batch=2),
-    "dilated, bias of batch": Call(
-        {"mask": masks.dilated(3, 1), "bias": normal(5, 2, 1, T, S)}, batch=2
+    "negative scale, segments of one sequence": Call(
+        {"scale": -0.3, "mask": masks.segments(_ids(1, T))}, keys=T
     ),
-    "dense": Call({"mask": masks.dense(_some(1, 2, T, S))}),
-    "dense of queries, of keys": Call(
-        {"mask": masks.dense(_some(1, 2, T, 1)) & masks.dense(_some(2, 1, 1, S))}, batch=2
+    "soft cap, bias of keys, lengths": Call(
+        {
+            "logits_soft_cap": 1.5,
+            "scale": 0.5,
+            "bias": normal(5, 2, 1, 1, S),
+            "mask": LENGTHS,
+        },
+        batch=2,
     ),
-    "rule": Call({"mask": masks.rule(jnp.less, normal(7, 2, 2, T), normal(8, 1, S))}, batch=2),
+    "bias of queries, sink, dynamic window": Call(
+        {
+            "bias": normal(5, 1, 2, T, 1),
+            "sink": SINK,
+            "mask": masks.window(np.array([2, 90]), None, OFFSET),
+        },
+        batch=2,
+    ),
+    "alibi with offsets, causal, grouped": Call(
+        {
+            "alibi_slopes": np.float32([0.5, 0.2, 0.1, 0.0]),
+            "query_offset": OFFSET,
+            "mask": masks.causal(30),
+        },
+        batch=2,
+        **GROUPED,
+    ),
+    "sink of rows, bias of heads, dilated": Call(
+        {"sink": normal(6, 2, T, 2), "bias": normal(5, 1, 2, 1, 1), "mask": masks.dilated(3, 1)},
+        batch=2,
+    ),
+    "bounded, sink, segments": Call(
+        {"logits_bound": 30.0, "sink": SINK, "scale": 0.2, "mask": SEGMENTS}
+    ),
+    "bounded by a soft cap, window": Call(
+        {"logits_soft_cap": 2.0, "logit_bias": 1.5, "mask": masks.window(60, 5, 20)}
+    ),
+    "sigmoid, traced logit bias, segments of heads": Call(
+        {
+            "weights": "sigmoid",
+            "logit_bias": jnp.float32(-3),
+            "mask": masks.segments(_ids(1, 2, T), _ids(1, 2, S) - 1),
+        }
+    ),
+    "normalised sigmoid, alibi, causal that hides": Call(
+        {
+            "weights": "sigmoid",
+            "normalise": True,
+            "alibi_slopes": SLOPES,
+            "mask": masks.causal(-40),
+        }
+    ),
+    "softplus, rule": Call(
+        {
+            "weights": "softplus",
+            "mask": masks.rule(jnp.less, normal(7, 2, 2, T), normal(8, 1, S)),
+        },
+        batch=2,
+    ),
+    "relu, sink, bias": Call({"weights": "relu", "sink": SINK, "bias": normal(5, 1, 2, T, S)}),
+    "relu as it is, prefix": Call(
+        {
+            "weights": "relu",
+            "normalise": False,
+            "mask": masks.prefix(np.array([40, 170]), 20),
+        },
+        batch=2,
+    ),
     "everything": Call(
         {
             "scale": 0.5,
@@ -195,52 +245,13 @@ MASKS = {
         batch=2,
     ),
 }
-# Short blocks are gathered, each by its own copies, which take long to simulate.
-BLOCK_LISTS = {
-    "blocks of 16": block_list(16, 16, queries=40, keys=60, heads=1, key_heads=1),
-    "blocks of 32 by 64": block_list(32, 64, queries=90, keys=150, heads=1, key_heads=1),
-    "blocks of 64 by 32": block_list(64, 32, queries=90, keys=150, lists=2, longest=4),
-    "blocks of 48 by 96": block_list(48, 96, queries=60, heads=1, key_heads=1),
-    "blocks of 128": block_list(128, 128, queries=300, keys=500),
-    "blocks of 128, of heads and batch": block_list(128, 128, lists=4, batch=2, **GROUPED),
-    "blocks of 128, of key heads": block_list(128, 128, lists=2, **GROUPED),
-    "blocks of 256 by 128": block_list(256, 128, queries=300, keys=300),
-    "blocks of 128 by 256": block_list(128, 256, queries=300, keys=600),
-    "blocks, causal": block_list(64, 128, options={"mask": masks.causal(20)}, keys=300),
-    "blocks, segments of heads": block_list(
-        128, 128, options={"mask": masks.segments(_ids(1, 4, T), _ids(1, S))}, lists=2, **GROUPED
-    ),
-    "blocks, terms": block_list(
-        128,
-        128,
-        options={
-            "alibi_slopes": SLOPES,
-            "sink": SINK,
-            "bias": normal(5, 1, 2, 1, S),
-            "query_offset": 40,
-        },
-    ),
-    "blocks, dense": block_list(
-        128,
-        256,
-        options={"bias": normal(5, 1, 1, T, 500), "mask": masks.dense(_some(1, 2, T, 500))},
-        keys=500,
-    ),
-    "two lists": block_list(
-        64, 128, options={"mask": block_list(128, 64, keys=300).options["mask"]}, keys=300, lists=2
-    ),
-    "blocks, sigmoid": block_list(128, 128, options={"weights": "sigmoid"}),
-    "no blocks": Call({"mask": masks.blocks([[[[0], [1]]]], [[[0, 0]]], 128, 128)}),
-}
 STATISTIC = normal(6, 2, T, 2)
 TWO_PASSES = {
-    "statistic": Call({"row_statistic": 5 + STATISTIC, "mask": masks.causal(-20)}, batch=2),
-    "statistic, capped": Call({"row_statistic": SINK, "logits_soft_cap": 2.0}),
-    "statistic of a sigmoid": Call(
-        {"weights": "sigmoid", "row_statistic": STATISTIC, "bias": normal(5, 2, 1, 1, S)}, batch=2
+    "statistic of heads, soft cap, causal": Call(
+        {"row_statistic": SINK, "logits_soft_cap": 2.0, "mask": masks.causal(-20)}
     ),
-    "statistic, blocks": block_list(
-        64, 32, options={"row_statistic": 5 + STATISTIC[:1, :90]}, queries=90, keys=150, lists=2
+    "statistic of a sigmoid, bias of batch": Call(
+        {"weights": "sigmoid", "row_statistic": STATISTIC, "bias": normal(5, 2, 1, T, S)}, batch=2
     ),
     "reweighted softmax": Call({"row_statistic": 5 + STATISTIC[:1], "reweight": (2.0, 0.0)}),
     "reweighted softplus": Call(
@@ -261,26 +272,82 @@ TWO_PASSES = {
         },
         dtype=jnp.bfloat16,
     ),
-    "reweighted blocks": block_list(
+}
+# Short blocks are gathered, each by its own copies, which take long to simulate.
+BLOCK_LISTS = {
+    "blocks of 16": block_list(16, 16, queries=40, keys=60, heads=1, key_heads=1),
+    "blocks of 64 by 32, statistic": block_list(
+        64,
+        32,
+        options={"row_statistic": 5 + STATISTIC[:1, :90]},
+        queries=90,
+        keys=150,
+        lists=2,
+        longest=4,
+    ),
+    # Tiles of 16 by 64: a third of them each way.
+    "blocks of 48 by 192": block_list(48, 192, queries=60, keys=400, heads=1, key_heads=1),
+    "blocks of 128": block_list(128, 128, queries=300, keys=500),
+    "blocks of 128, of key heads and batch, segments of heads": block_list(
         128,
         128,
-        options={"weights": "softplus", "row_statistic": STATISTIC[:1], "reweight": (1.0, 0.3)},
-        keys=400,
+        options={"mask": masks.segments(_ids(1, 4, T), _ids(1, S))},
+        lists=2,
+        batch=2,
+        **GROUPED,
+    ),
+    "blocks of 128, of key heads, one idle, bfloat16": block_list(
+        128, 128, keys=300, lists=2, idle=True, dtype=jnp.bfloat16, **GROUPED
+    ),
+    "blocks of 256 by 128, terms, causal": block_list(
+        256,
+        128,
+        options={
+            "alibi_slopes": SLOPES,
+            "sink": SINK,
+            "bias": normal(5, 1, 2, 1, 300),
+            "query_offset": 40,
+            "mask": masks.causal(20),
+        },
+        queries=300,
+        keys=300,
+    ),
+    "blocks of 128 by 256, reweighted softplus": block_list(
+        128,
+        256,
+        options={
+            "weights": "softplus",
+            "row_statistic": -0.3 + 0.1 * normal(6, 1, 300, 2),
+            "reweight": (1.0, 0.3),
+        },
+        queries=300,
+        keys=600,
+    ),
+    "blocks, dense": block_list(
+        128,
+        256,
+        options={"bias": normal(5, 1, 1, T, 500), "mask": masks.dense(_some(1, 2, T, 500))},
+        keys=500,
+    ),
+    "two lists": block_list(
+        64, 128, options={"mask": block_list(128, 64, keys=300).options["mask"]}, keys=300, lists=2
+    ),
+    "blocks, sigmoid, bfloat16": block_list(
+        128, 128, options={"weights": "sigmoid", "logit_bias": -3.0}, dtype=jnp.bfloat16
     ),
 }
 SHAPES = {
-    "grouped": Call(
-        {"mask": masks.causal(30), "alibi_slopes": np.float32([0.5, 0.2, 0.1, 0.0])}, **GROUPED
+    "fewer value heads, dense of heads": Call(
+        {"mask": masks.dense(_some(1, 4, T, S))}, heads=4, key_heads=4, value_heads=2, width=64
     ),
-    "fewer value heads": Call(heads=4, key_heads=4, value_heads=2, width=64),
     "fewer key heads": Call(heads=4, key_heads=2, value_heads=4, features=64, width=16),
-    "80 features": Call(heads=3, key_heads=1, features=80, width=96),
+    # Of keys that fill their tiles none is masked.
+    "80 features, whole tiles": Call(heads=3, key_heads=1, features=80, width=96, keys=256),
     "one query": Call(queries=1, keys=300, batch=2, **GROUPED),
-    "one key": Call(keys=1, batch=2),
-    "few": Call({"mask": masks.causal()}, queries=7, keys=7),
-    "bfloat16": Call({"mask": masks.causal(50)}, dtype=jnp.bfloat16, **GROUPED),
-    "float16": Call({"mask": masks.causal(50)}, dtype=jnp.float16, **GROUPED),
-    "bfloat16 blocks": block_list(128, 128, dtype=jnp.bfloat16),
-    "bfloat16 sigmoid": Call({"weights": "sigmoid", "logit_bias": -3.0}, dtype=jnp.bfloat16),
+    "few": Call({"mask": masks.causal()}, batch=2, queries=7, keys=7),
+    "causal, bfloat16": Call({"mask": masks.causal(50)}, dtype=jnp.bfloat16, **GROUPED),
+    "segments of key heads, float16": Call(
+        {"mask": masks.segments(_ids(1, 2, T), _ids(1, S))}, dtype=jnp.float16, **GROUPED
+    ),
 }
-FEATURES = SCORES | MASKS | BLOCK_LISTS | TWO_PASSES | SHAPES
+FEATURES = SCORES | TWO_PASSES | BLOCK_LISTS | SHAPES

@@ -97,11 +97,10 @@ def generation_6(monkeypatch):
 @pytest.mark.parametrize(
     "feature",
     [
-        "alibi with offsets",
+        "alibi with offsets, causal, grouped",
         "everything",
-        "grouped",
-        "blocks of 128",
-        "80 features",
+        "blocks, dense",
+        "80 features, whole tiles",
         "default tiles",
     ],
 )
@@ -145,7 +144,13 @@ def test_spans_of_queries(call, fixture, request, monkeypatch):
     assert spans in ([(3, 2)], [(5, 3)])
 
 
-@pytest.mark.parametrize("feature", ["grouped", "blocks of 128, of key heads"])
+@pytest.mark.parametrize(
+    "feature",
+    [
+        "alibi with offsets, causal, grouped",
+        "blocks of 128, of key heads and batch, segments of heads",
+    ],
+)
 def test_the_order_of_the_grid_does_not_matter(feature):
     """What is summed over tiles of a grid must not be called parallel."""
     # A seed is an order of the parallel dimensions; None is the plain one.
@@ -153,7 +158,7 @@ def test_the_order_of_the_grid_does_not_matter(feature):
     chex.assert_trees_all_equal(*results)
 
 
-@pytest.mark.parametrize("feature", ["lengths", "prefix"])
+@pytest.mark.parametrize("feature", ["soft cap, bias of keys, lengths", "relu as it is, prefix"])
 def test_what_a_range_hides_may_be_anything(feature):
     """NaN beyond lengths and ranges changes no bit of results and gradients."""
     call = FEATURES[feature]

@@ -69,7 +69,7 @@ def test_features_of_a_head(features, topology):
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_forward_alone(topology):
-    call = FEATURES["grouped"]
+    call = FEATURES["alibi with offsets, causal, grouped"]
     assert _kernels(_text(call, call.shapes, topology=topology)) == 1
 
 
@@ -111,7 +111,7 @@ def test_a_gradient_that_the_kernel_lacks_is_made_without_it(monkeypatch):
 
     monkeypatch.setattr(tpu, "supports", supports)
     jax.clear_caches()
-    call = FEATURES["sink"]
+    call = FEATURES["bounded, sink, segments"]
     assert _kernels(_text(*_gradients(call))) == 1
     jax.clear_caches()
 
