@@ -65,7 +65,7 @@ def _check(arrays, **options):
     assert_close(actual, reference)
 
 
-@pytest.fixture(params=[5, 6])
+@pytest.fixture
 def generation(request, monkeypatch):
     """Makes the kernels those of a generation of TPUs."""
     monkeypatch.setattr(tiles, "generation", lambda: request.param)
@@ -90,26 +90,27 @@ CALLS = {
         },
     ),
     # Gradients of a softmax's scores add up to 0, up to rounding, where all get the same term.
-    "queries before all keys": (
-        {"reach": 3},
-        {"query_offset": -1000, "weights": "sigmoid", "tile_sizes": TILES},
+    "queries before and after all keys": (
+        {"batch": 2, "reach": 3},
+        {"query_offset": np.array([-1000, 4000]), "weights": "sigmoid", "tile_sizes": (256, 128)},
     ),
-    "queries after all keys": ({"reach": 2}, {"query_offset": 4000, "weights": "sigmoid"}),
     "one table, rows without keys": (
         {"batch": 2, "tables": 1, "reach": 100},
         {"query_offset": 60, "mask": masks.causal(-4), "tile_sizes": TILES},
     ),
     "tall tiles": ({"queries": 600, "keys": 140}, {"query_offset": -300}),
-    "sigmoid": ({"reach": 64}, {"weights": "sigmoid", "tile_sizes": (256, 128)}),
-    "softplus": ({}, {"weights": "softplus", "tile_sizes": (128, 256)}),
-    "reach of 0": ({"queries": 20, "keys": 10, "reach": 0}, {}),
+    "wide tiles, softplus": (
+        {"reach": 64},
+        {"weights": "softplus", "tile_sizes": (128, 256)},
+    ),
+    "few, reach of 0": ({"queries": 20, "keys": 10, "reach": 0}, {}),
     "one query": ({"queries": 1, "keys": 7}, {"query_offset": 5}),
     "blocks": ({"queries": 300, "keys": 380}, {"mask": _blocks(128), "query_offset": 9}),
 }
 
 
 # What a generation has of its own does not depend on the table, so a few calls show it.
-ALSO_6 = ("tiles, offset of each row", "one table, rows without keys", "tall tiles")
+ALSO_6 = ("tiles, offset of each row", "tall tiles")
 
 
 @pytest.mark.usefixtures("generation")
@@ -124,6 +125,7 @@ def test_results_and_gradients(call):
 
 
 @pytest.mark.usefixtures("generation")
+@pytest.mark.parametrize("generation", [6], indirect=True)
 def test_spans_of_queries(monkeypatch):
     """The sums of several kernels, of some queries each, are added up."""
     monkeypatch.setattr(tpu_backward, "SPAN_BYTES", 1)
@@ -167,8 +169,14 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-@pytest.mark.parametrize("call", COMPILED)
+# Tiles of the default size, and one of those that are given, on the other generation too.
+@pytest.mark.parametrize(
+    ("call", "topology"),
+    [
+        *((call, "v5e:2x2") for call in COMPILED),
+        *((call, "v6e:2x2") for call in ("long", "tiles")),
+    ],
+)
 def test_compiles(call, topology):
     dtype, shapes, options = COMPILED[call]
     arrays = {
