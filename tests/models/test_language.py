@@ -54,6 +54,12 @@ def run(model, tokens, segment_ids=None):
     return model(tokens, segment_ids=segment_ids)
 
 
+@nnx.jit
+def run_step(model, tokens):
+    """The logits of a prompt, from the step."""
+    return model.step(tokens, model.init_state(*tokens.shape))[0]
+
+
 def loss(model, tokens):
     logits = model(tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
@@ -70,7 +76,7 @@ def test_transnormer_llm_is_its_equations(decay):
     p = oracles.float64(nnx.to_pure_dict(nnx.state(model)))
     expected = [oracles.transnormer_llm(row, p, 4, decay) for row in np.asarray(tokens)]
     # Rounding adds up over three layers.
-    assert_close(model(tokens), np.stack(expected), factor=2)
+    assert_close(run(model, tokens), np.stack(expected), factor=2)
 
 
 def test_transformer_is_its_equations():
@@ -80,7 +86,7 @@ def test_transformer_is_its_equations():
             leaf[...] = 1 + 0.3 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
     p = oracles.float64(nnx.to_pure_dict(nnx.state(model)))
     expected = [oracles.transformer(row, p, 4) for row in np.asarray(tokens)]
-    assert_close(model(tokens), np.stack(expected), factor=2)
+    assert_close(run(model, tokens), np.stack(expected), factor=2)
 
 
 @every_model
@@ -101,13 +107,13 @@ def test_computes_in_narrow_dtypes_with_float32_parameters(config, dtype):
     narrow, wide, tokens = make(config, dtype=dtype), make(config), some_tokens()
     chex.assert_trees_all_equal(nnx.state(narrow), nnx.state(wide))
     assert {leaf.dtype for leaf in paths(narrow).values()} == {jnp.dtype("float32")}
-    logits, _ = narrow.step(tokens, narrow.init_state(2, 9))
-    assert logits.dtype == narrow(tokens).dtype == jnp.float32
+    logits, whole = run_step(narrow, tokens), run(narrow, tokens)
+    assert logits.dtype == whole.dtype == jnp.float32
     # Each of about ten sublayers rounds the stream once more.
-    assert_close(narrow(tokens), wide(tokens), dtype, factor=3)
+    assert_close(whole, run(wide, tokens), dtype, factor=3)
     # Products are accumulated and returned in float32, not rounded on their way.
     assert error_ratio(logits.astype(dtype), logits) > 1e-5
-    block = narrow.layers[0](jnp.ones((1, 3, 16), dtype))
+    block = nnx.eval_shape(lambda layer, x: layer(x), narrow.layers[0], jnp.ones((1, 3, 16), dtype))
     assert block.dtype == jnp.dtype(dtype)
 
 
@@ -182,12 +188,12 @@ def test_scaled_and_tied_embeddings():
     plain = make(TRANSFORMER, num_layers=1)
     scaled = make(TRANSFORMER, num_layers=1, scale_embedding=True)
     plain.embed.embedding[...] *= 4  # the root of 16 features
-    assert_close(scaled(tokens), plain(tokens))
+    assert_close(run(scaled, tokens), run(plain, tokens))
     tied, untied = make(TRANSFORMER, tie_embeddings=True), make(TRANSFORMER)
     assert "head/kernel" in paths(untied) and "head/kernel" not in paths(tied)
     for path, leaf in paths(untied).items():
         leaf[...] = tied.embed.embedding[...].T if path == "head/kernel" else paths(tied)[path][...]
-    assert_close(tied(tokens), untied(tokens))
+    assert_close(run(tied, tokens), run(untied, tokens))
 
 
 def test_lrpe_in_the_first_layer_only_and_decay_in_all():
@@ -206,11 +212,13 @@ def test_lrpe_in_the_first_layer_only_and_decay_in_all():
 
 def test_decay_is_passed_to_mechanisms_that_have_one():
     tokens = some_tokens()
-    logits = {decay: make(TRANSNORMER, decay=decay)(tokens) for decay in ("alibi", "paper", None)}
+    logits = {
+        decay: run(make(TRANSNORMER, decay=decay), tokens) for decay in ("alibi", "paper", None)
+    }
     assert error_ratio(logits["paper"], logits["alibi"]) > 1e-3
     assert error_ratio(logits[None], logits["alibi"]) > 1e-3
     given = make(TRANSNORMER, options={"slopes": [0.0] * 4})
-    assert_close(given(tokens), logits[None])
+    assert_close(run(given, tokens), logits[None])
     softmax = dataclasses.replace(TRANSNORMER, mechanism="softmax_attention")
     chex.assert_trees_all_equal_shapes(nnx.state(make(softmax)), nnx.state(make(TRANSNORMER)))
     np.testing.assert_array_equal(
@@ -270,25 +278,25 @@ def test_packed_documents_are_apart(config):
 @every_model
 def test_prompt_and_steps_are_the_parallel_form(config):
     model, tokens = make(config), some_tokens()
-    expected = model(tokens)
-    state = model.init_state(2, 9)
-    prompt, state = model.step(tokens[:, :5], state)
-    assert state.position.dtype == jnp.int32 and int(state.position) == 5
+    expected = run(model, tokens)
     graph, parameters = nnx.split(model)
 
     @jax.jit
-    def go_on(parameters, state, tokens):
+    def prompt_and_steps(parameters, tokens):
+        model = nnx.merge(graph, parameters)
+        prompt, state = model.step(tokens[:, :5], model.init_state(2, 9))
+
         def one(state, token):
             logits, state = nnx.merge(graph, parameters).step(token[:, None], state)
             return state, logits[:, 0]
 
-        return jax.lax.scan(one, state, tokens.T)
+        end, rest = jax.lax.scan(one, state, tokens[:, 5:].T)
+        return jnp.concatenate([prompt, rest.swapaxes(0, 1)], 1), state.position, end.position
 
-    state, rest = go_on(parameters, state, tokens[:, 5:])
-    assert int(state.position) == 9
-    assert_close(jnp.concatenate([prompt, rest.swapaxes(0, 1)], 1), expected, factor=2)
-    whole, _ = model.step(tokens, model.init_state(2, 9))
-    assert_close(whole, expected, factor=2)
+    logits, position, end = prompt_and_steps(parameters, tokens)
+    assert position.dtype == jnp.int32 and int(position) == 5 and int(end) == 9
+    assert_close(logits, expected, factor=2)
+    assert_close(run_step(model, tokens), expected, factor=2)
 
 
 def test_memory_of_generation():

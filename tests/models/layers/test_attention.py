@@ -64,7 +64,7 @@ def test_gated_linear_attention_is_its_equations(name):
     layer, x = make(LAYERS[name]), inputs()
     p = parameters(layer)
     expected = [oracles.gated_linear_attention(row, p, SLOPES, 4) for row in np.float64(x)]
-    assert_close(layer(x), np.stack(expected))
+    assert_close(run(layer, x), np.stack(expected))
 
 
 @pytest.mark.parametrize("name", ["softmax", "softmax, grouped"])
@@ -73,7 +73,7 @@ def test_softmax_attention_is_its_equations(name, is_causal):
     layer, x = make(LAYERS[name], is_causal=is_causal), inputs()
     p = parameters(layer)
     expected = [oracles.softmax_attention(row, p, 4, is_causal) for row in np.float64(x)]
-    assert_close(layer(x), np.stack(expected))
+    assert_close(run(layer, x), np.stack(expected))
 
 
 @every_layer
@@ -102,14 +102,14 @@ def test_parameters(arguments):
 @every_layer
 def test_a_causal_layer_sees_nothing_later(arguments):
     layer, x = make(arguments), inputs()
-    y, changed = layer(x), layer(x.at[:, 4].add(1.0))
+    y, changed = run(layer, x), run(layer, x.at[:, 4].add(1.0))
     np.testing.assert_array_equal(y[:, :4], changed[:, :4])
     assert all(error_ratio(changed[:, t], y[:, t]) > 1e-4 for t in (4, 5, 6))
 
 
 def test_a_layer_that_is_not_causal_sees_everything():
     layer, x = make(SOFTMAX, is_causal=False), inputs()
-    y, changed = layer(x), layer(x.at[:, 4].add(1.0))
+    y, changed = run(layer, x), run(layer, x.at[:, 4].add(1.0))
     assert all(error_ratio(changed[:, t], y[:, t]) > 1e-4 for t in range(7))
 
 
@@ -134,16 +134,19 @@ def test_packed_documents_are_apart(arguments):
     ids=str,
 )
 def test_steps_are_the_parallel_form(name, splits):
-    layer, x = make(LAYERS[name]), inputs()
-    state = layer.init_state(2, 7)
-    outputs, position = [], 0
-    for tokens in splits:
-        shapes = state
-        y, state = layer.step(x[:, position : position + tokens], state, position)
-        chex.assert_trees_all_equal_shapes_and_dtypes(state, shapes)
-        outputs.append(y)
-        position += tokens
-    assert_close(jnp.concatenate(outputs, 1), layer(x))
+    @nnx.jit
+    def both(layer, x):
+        state = layer.init_state(2, 7)
+        outputs, position = [], 0
+        for tokens in splits:
+            shapes = state
+            y, state = layer.step(x[:, position : position + tokens], state, position)
+            chex.assert_trees_all_equal_shapes_and_dtypes(state, shapes)
+            outputs.append(y)
+            position += tokens
+        return jnp.concatenate(outputs, 1), layer(x)
+
+    assert_close(*both(make(LAYERS[name]), inputs()))
 
 
 def test_state_of_linear_attention_does_not_grow():
@@ -171,10 +174,10 @@ def test_computes_in_bfloat16_with_float32_parameters(arguments):
     narrow, wide = make(arguments, dtype=jnp.bfloat16), make(arguments)
     x = inputs(tokens=16)
     chex.assert_trees_all_equal(nnx.state(narrow), nnx.state(wide))
-    y = narrow(x)
+    y, expected = run(narrow, x), run(wide, x)
     assert y.dtype == jnp.bfloat16
-    assert wide(x).dtype == jnp.float32
-    assert_close(y, wide(x), jnp.bfloat16)
+    assert expected.dtype == jnp.float32
+    assert_close(y, expected, jnp.bfloat16)
 
 
 @every_layer
@@ -189,19 +192,19 @@ def test_lrpe_and_rope_depend_on_distances_only():
     x = inputs()
     for name in ("gla with lrpe", "softmax", "softmax, lrpe and gate"):
         layer = make(LAYERS[name])
-        y = layer(x)
-        assert_close(layer(x, positions=jnp.arange(7) + 20), y, factor=5)
-        assert error_ratio(layer(x, positions=2 * jnp.arange(7)), y) > 1e-3
+        y = run(layer, x)
+        assert_close(run(layer, x, positions=jnp.arange(7) + 20), y, factor=5)
+        assert error_ratio(run(layer, x, positions=2 * jnp.arange(7)), y) > 1e-3
         rows = jnp.stack([jnp.arange(7), 2 * jnp.arange(7)])
-        assert_close(layer(x, positions=rows)[0], y[0])
+        assert_close(run(layer, x, positions=rows)[0], y[0])
 
 
 def test_softmax_with_lrpe_keeps_the_scale_of_its_head_dim():
     layer, x = make(SOFTMAX | {"positions": "lrpe"}), inputs()
     explicit = make(SOFTMAX | {"positions": "lrpe", "options": {"scale": 0.5}})
-    assert_close(layer(x), explicit(x))
+    assert_close(run(layer, x), run(explicit, x))
     layer.theta[...] = jnp.zeros_like(layer.theta)
-    assert_close(layer(x), make({})(x))
+    assert_close(run(layer, x), run(make({}), x))
 
 
 def test_state_of_a_mechanism_has_the_sizes_of_its_options():
@@ -229,7 +232,7 @@ def test_grouped_heads_are_repeated_key_heads():
         kernel = getattr(grouped, name).kernel[...].reshape(16, 2, 1, 4)
         getattr(full, name).kernel[...] = jnp.repeat(kernel, 2, axis=2).reshape(16, 16)
     x = inputs()
-    assert_close(grouped(x), full(x))
+    assert_close(run(grouped, x), run(full, x))
 
 
 def test_options_reach_the_mechanism():
