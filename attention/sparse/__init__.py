@@ -1,0 +1,1 @@
+"""Sparse attention: local, block-sparse, routed, hierarchical, hashed."""
