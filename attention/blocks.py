@@ -9,11 +9,15 @@ that has more keeps the first ones, and its count stays what it was: `masks.bloc
 where it checks, which is outside of jit and under `jax.experimental.checkify`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import partition
 
 Lists = tuple[Int[Array, "*rows L"], Int[Array, "*rows"]]
 """Indices and counts."""
@@ -133,9 +137,10 @@ def top_blocks(
     """
     if not isinstance(count, int | np.integer) or count < 1:
         raise ValueError(f"count: must be a positive integer; got {count!r}")
-    scores = _ranked(scores, forced, allowed)
-    best, indices = jax.lax.top_k(scores, min(int(count), scores.shape[-1]))
-    return _packed(indices, best > -jnp.inf, None)
+    scores, order = _ranked(scores, forced, allowed)
+    order = order[..., : int(count)]
+    allowed = jnp.take_along_axis(scores, order, axis=-1) > -jnp.inf
+    return _packed(order, allowed, None)
 
 
 def top_mask(
@@ -157,24 +162,45 @@ def top_mask(
       >>> top_mask([[0.3, 0.1, 0.9], [0.3, 0.1, 0.9]], jnp.array([1, 2])).astype(int).tolist()
       [[0, 0, 1], [1, 0, 1]]
     """
-    scores = _ranked(scores, forced, allowed)
-    order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
-    first = jnp.arange(scores.shape[-1]) < jnp.asarray(count)[..., None]
-    first = jnp.broadcast_to(first, scores.shape)
-    kept = jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, first, axis=-1, inplace=False)
-    return kept & (scores > -jnp.inf)
+    scores, order = _ranked(scores, forced, allowed)
+    rank = jnp.argsort(order, axis=-1)
+    return (rank < jnp.asarray(count)[..., None]) & (scores > -jnp.inf)
+
+
+def choose_lists(
+    choice: Callable[[Array, Array], Lists],
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+) -> Lists:
+    """Calls a function that makes lists of queries and keys, without a gradient.
+
+    It is called on every device with the batch and heads that lie there, as `tiled_attention` is.
+
+    Args:
+      choice: makes lists [B, N, Q, L] and [B, N, Q] of any part of batch and heads.
+      query: its first argument.
+      key: its second.
+    """
+    query, key = jax.lax.stop_gradient((query, key))
+    dims = ("btnh", "bsnh"), ("bnql", "bnq")
+    return partition.sharded(choice, *dims, partition.current_axes())(query, key)
 
 
 _NONE = np.iinfo(np.int32).max
 
 
-def _ranked(scores: ArrayLike, forced: ArrayLike | None, allowed: ArrayLike | None) -> Array:
-    """Returns scores with inf for what is forced and -inf for what is not allowed."""
+def _ranked(
+    scores: ArrayLike, forced: ArrayLike | None, allowed: ArrayLike | None
+) -> tuple[Array, Array]:
+    """Returns scores, -inf for what is not allowed, and the blocks in order, best first."""
     scores = jax.lax.stop_gradient(jnp.asarray(scores))
     if forced is not None:
         scores = jnp.minimum(scores, jnp.finfo(scores.dtype).max)
         scores = jnp.where(jnp.asarray(forced), jnp.inf, scores)
-    return scores if allowed is None else jnp.where(jnp.asarray(allowed), scores, -jnp.inf)
+    if allowed is not None:
+        scores = jnp.where(jnp.asarray(allowed), scores, -jnp.inf)
+    # A sort, unlike `top_k` and scatters, is partitioned over batch and heads.
+    return scores, jnp.argsort(scores, axis=-1, descending=True)
 
 
 def _ordered(indices: Array, listed: Array) -> Array:
