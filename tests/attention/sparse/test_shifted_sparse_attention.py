@@ -14,7 +14,7 @@ from pallas_kernels.masks import Shape
 from pallas_kernels.tiled.schedule import Grid, schedule
 from tests.numerics import assert_close
 from tests.oracles import shifted_sparse_attention as oracle
-from tests.sharding import collectives, mesh, place
+from tests.sharding import COLLECTIVE, mesh, place
 
 B, T, N, K, H, V = 2, 21, 4, 2, 8, 6
 
@@ -152,9 +152,10 @@ def test_cost_is_that_of_the_groups(monkeypatch):
 def test_sharded():
     arrays, devices = _arrays(batch=4), mesh(AxisType.Auto)
     placed = [place(devices, x, "data", None, "tensor") for x in arrays]
-    run = functools.partial(shifted_sparse_attention, group_size=6, num_sinks=1)
-    assert_close(jax.jit(run)(*placed), jax.jit(run)(*arrays))
-    assert not collectives(run, *placed)
+    options = dict(group_size=6, num_sinks=1)
+    run = jax.jit(functools.partial(shifted_sparse_attention, **options)).lower(*placed).compile()
+    assert_close(run(*placed), oracle.shifted_sparse_attention(*arrays, **options))
+    assert not COLLECTIVE.findall(run.as_text())
 
 
 @pytest.mark.parametrize(
