@@ -254,19 +254,20 @@ CASES = {
 ONE = dict(batch=1, heads=1, kv_heads=1, state=True)
 
 TPU_CASES = {
-    "no decay, wide": Case(20, **ONE, decay=None, features=130, width=12),
     "decay": Case(
         512, 1, 4, 2, features=20, decay=(-np.inf, -8.0, -0.02, 0.0), state=True, scale=0.25
     ),
     "decay, bfloat16": Case(256, **ONE, width=130),
     "decay, segments": Case(301, **ONE, segments=True),
-    "steps": Case(275, **ONE | dict(state=False), decay="step"),
-    "steps, bfloat16": Case(131, **ONE, decay="step", segments=True),
-    "steps, groups of both": Case(20, 1, 2, 1, value_heads=4, decay="step", state=True),
-    "steps, shared keys": Case(20, 1, 10, 1, decay="step"),
-    "channels": Case(131, **ONE, decay="channel", normalize=True, segments=True),
+    "steps, groups of both, wide": Case(
+        20, 1, 2, 1, value_heads=4, features=130, width=12, decay="step", state=True
+    ),
+    "steps, shared keys": Case(275, 1, 10, 1, decay="step"),
+    "channels, no sum of weights to add to": Case(
+        131, **ONE, decay="channel", normalize=True, segments=True, epsilon=0.0
+    ),
     "delta": Case(301, **ONE, decay=None, beta=True),
-    "delta, steps": Case(131, **ONE, decay="step", beta=True, segments=True),
+    "delta, steps, bfloat16": Case(131, **ONE, decay="step", beta=True, segments=True),
     "delta, channels": Case(131, **ONE, decay="channel", beta=True, segments=True),
     "delta, channels, bound": Case(131, **ONE, decay="channel", beta=True, bound=-5.0),
     "momentum": Case(131, **ONE, decay="step", beta=True, momentum=True, segments=True),
@@ -274,17 +275,15 @@ TPU_CASES = {
     "relu": Case(256, **ONE, decay=None, normalize=True, feature_map="relu"),
     "taylor": Case(131, **ONE, features=5, decay=None, normalize=True, feature_map="taylor"),
     "delta of features": Case(20, **ONE, features=5, decay="step", beta=True, feature_map="taylor"),
-    "no sum of weights to add to": Case(131, **ONE, decay=None, normalize=True, epsilon=0.0),
     "all": Case(20, 1, 10, 1, decay=None, causal=False, keys=301, scale=0.25),
-    "all, bfloat16": Case(256, **ONE, decay=None, causal=False),
     "all, normalised": Case(
         301, **ONE, decay=None, causal=False, keys=20, normalize=True, epsilon=0.0
     ),
-    "all, elu": Case(
+    "all, elu, bfloat16": Case(
         131, 1, 2, 1, decay=None, causal=False, normalize=True, feature_map="elu_plus_one"
     ),
     "all, taylor": Case(
-        20, **ONE, features=5, decay=None, causal=False, normalize=True, feature_map="taylor"
+        256, **ONE, features=5, decay=None, causal=False, normalize=True, feature_map="taylor"
     ),
 }
 """What the TPU kernels serve: tiles of 256 tokens, chunks of 128 and features in registers of 128,
