@@ -317,7 +317,7 @@ BLOCK_LISTS = {
         256,
         options={
             "weights": "softplus",
-            "row_statistic": -0.3 + 0.1 * normal(6, 1, 300, 2),
+            "row_statistic": -0.3 + 0.1 * normal(7, 1, 300, 2),
             "reweight": (1.0, 0.3),
         },
         queries=300,

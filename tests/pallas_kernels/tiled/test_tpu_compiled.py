@@ -60,24 +60,28 @@ def test_feature(feature, topology):
     assert _kernels(_text(*_gradients(FEATURES[feature]), topology=topology)) == 2
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("features", [32, 64, 80, 96, 128, 192, 256])
+# 32 is what most calls above have, 128 what the lengths below have. v6e keeps sums transposed.
+@pytest.mark.parametrize(
+    ("features", "topology"),
+    [
+        *((features, TOPOLOGIES[0]) for features in (64, 96, 192, 256)),
+        *((features, TOPOLOGIES[1]) for features in (80, 192, 256)),
+    ],
+)
 def test_features_of_a_head(features, topology):
     call = Call({"mask": masks.causal()}, features=features, dtype=jnp.bfloat16)
     assert _kernels(_text(*_gradients(call), topology=topology)) == 2
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_forward_alone(topology):
+def test_forward_alone():
     call = FEATURES["alibi with offsets, causal, grouped"]
-    assert _kernels(_text(call, call.shapes, topology=topology)) == 1
+    assert _kernels(_text(call, call.shapes)) == 1
 
 
 CROSS = Call(batch=2, queries=1, keys=5000, heads=4, features=64, dtype=jnp.bfloat16)
 LONG = {"features": 128, "dtype": jnp.bfloat16, "options": {"mask": masks.causal()}}
 LENGTHS = {
     "one query": (CROSS, TOPOLOGIES[0]),
-    "one query, v6e": (CROSS, TOPOLOGIES[1]),
     "16k tokens": (Call(queries=2**14, keys=2**14, **LONG), TOPOLOGIES[0]),
     # The gradients of 32k queries are made by one kernel in a loop.
     "32k tokens, v6e": (Call(queries=2**15, keys=2**15, **LONG), TOPOLOGIES[1]),
