@@ -206,31 +206,18 @@ def test_segments_are_separate_documents(record):
         return  # they cannot be given
     if not any(pattern.startswith("self") for pattern in record.patterns):
         pytest.fail("say here how a mechanism without self-attention is tested")
-    arrays = inputs_of(record, tokens=2 * TOKENS)
-    lengths = ((TOKENS, TOKENS), (5, TOKENS, TOKENS - 5))
-    ids = np.array([np.repeat([4, 2, 7][: len(row)], row) for row in lengths])
+    # Two lengths only: each is a program.
+    lengths = ((5, TOKENS, 5), (TOKENS, 5, 5))
+    arrays = inputs_of(record, tokens=TOKENS + 10)
+    ids = np.array([np.repeat([4, 2, 7], row) for row in lengths])
     for keywords in map(dict, {tuple(options(record, causal).items()) for causal in (True, False)}):
-        packed = np.asarray(compiled(record, **keywords)(*arrays, segment_ids=ids))
-        causal = keywords.get("is_causal", "self causal" in record.patterns)
-        blind = causal and not record.selects_ahead
-        for row, start, count in (
-            (0, 0, TOKENS),
-            (0, TOKENS, TOKENS),
-            (1, 5, TOKENS),
-            # What follows a document's end changes nothing before it, so that the program of
-            # TOKENS tokens serves shorter ones too; what follows the row's end are zeros.
-            *(((1, 0, 5), (1, TOKENS + 5, TOKENS - 5)) if blind else ()),
-        ):
-            document = [
-                np.pad(x, ((0, 0), (0, TOKENS), (0, 0), (0, 0)))
-                for x in tokens_of(record, arrays, slice(start, None))
-            ]
-            document = tokens_of(record, document, slice(0, TOKENS))
-            if record.one_query:
-                document[0] = arrays[0]
-            alone = np.asarray(compiled(record, **keywords)(*document))
-            end = start + count
-            assert_close(packed[row, start:end], alone[row, :count])
+        function = compiled(record, **keywords)
+        packed = np.asarray(function(*arrays, segment_ids=ids))
+        for row, counts in enumerate(lengths):
+            for end, count in zip(np.cumsum(counts), counts, strict=True):
+                part = slice(end - count, end)
+                alone = np.asarray(function(*tokens_of(record, arrays, part)))
+                assert_close(packed[row, part], alone[row])
 
 
 @quick
