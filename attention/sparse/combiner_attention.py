@@ -71,7 +71,7 @@ def combiner_attention(
                      O(T^1.5) for n = sqrt(T), and O(T) memory
         "logsparse"  causal. D_i = {i}; for every bit l set in i, R_i has the span of 2^l tokens
                      that ends where the rest of i, without that and all lower bits, says: [0, i) is
-                     cut up. O(T log T) time. Plain JAX
+                     cut up. O(T log T) time and memory. Plain JAX
 
     Spans are counted from the beginning of a document. For n = 1 or n = T, "fixed" is full
     attention. Scores and sums are float32, or float64 for float64 queries. First derivatives, also
@@ -219,28 +219,20 @@ def _log_sparse(
         rows = jnp.repeat(rows, heads // rows.shape[2], axis=2).astype(wide)
         return jnp.take_along_axis(rows, slot[:, :, None, None], axis=1)
 
-    # What every token reads of a level is read again in the backward, not kept.
-    @jax.checkpoint
-    def scored(query: Array, keys: Array, slot: Array) -> Array:
-        return scale * jnp.sum(query.astype(wide) * read(keys, slot), axis=-1)
-
-    @jax.checkpoint
-    def weighted(weight: Array, values: Array, slot: Array) -> Array:
-        return weight[..., None] * read(values, slot)
+    def scored(keys: Array) -> Array:
+        return scale * jnp.sum(query.astype(wide) * keys, axis=-1)
 
     itself = jnp.arange(tokens, dtype=jnp.int32)[None]
-    scores, levels = [scored(query, key, itself)], [(value, itself)]
+    outs, scores = [read(value, itself)], [scored(read(key, itself))]
     for level in range((tokens - 1).bit_length()):
         # The span that ends where the token's own span of this level begins.
         spans = make_spans(2**level, batch, tokens, segment_ids, whole=True)
         slot = jnp.maximum(spans.number - 1, 0)
         keys, values = _summaries(query, key, value, spans, scale)
         seen = (place >> level & 1 == 1)[..., None]
-        scores.append(jnp.where(seen, scored(query, keys, slot), -jnp.inf))
-        levels.append((values, slot))
-    weights = jax.nn.softmax(jnp.stack(scores), axis=0)
-    parts = (weighted(weight, *level) for weight, level in zip(weights, levels, strict=True))
-    return sum(parts).astype(query.dtype)
+        outs.append(read(values, slot))
+        scores.append(jnp.where(seen, scored(read(keys, slot)), -jnp.inf))
+    return merge_partials(outs, scores)[0].astype(query.dtype)
 
 
 def combiner_attention_step(
