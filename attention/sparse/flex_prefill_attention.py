@@ -180,12 +180,12 @@ def _cover(x: Float[Array, "*rows C"], mass: float) -> Int[Array, "*rows"]:
 def _sums_by_offset(weights: Float[Array, "*rows R T"]) -> Float[Array, "*rows T"]:
     """Returns the sums over all pairs in which the key is 0, 1, ... tokens before the query.
 
-    The queries are the last R. Rows of which the one above is longer by a number, end to end, cut
-    into rows of one number more, lie under each other by offset: no gather.
+    The queries are the last R. Written end to end and cut into rows of one number more, each row is
+    shifted by one against the row before, so that an offset is a column: no gather.
     """
     *rows, queries, tokens = weights.shape
     none = ((0, 0),) * len(rows)
-    # From the last query and key back, an offset's pairs lie on a diagonal.
+    # From the last query and key back; 0 where a row ends.
     back = jnp.pad(weights[..., ::-1, ::-1], (*none, (0, 0), (0, queries)))
     length = tokens + queries
     back = jnp.pad(back.reshape(*rows, queries * length), (*none, (0, queries)))
