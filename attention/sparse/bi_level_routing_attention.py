@@ -118,8 +118,8 @@ def bi_level_routes(
 ) -> Int[Array, "B R top_k"]:
     """Returns the regions that each region chooses in `bi_level_routing_attention`, ascending.
 
-    Regions are numbered in row-major order. Of equal ones the first is chosen; where there are fewer
-    than top_k, all are.
+    Regions are numbered in row-major order. Of equal ones the first is chosen; all are where there
+    are fewer than top_k.
 
     Args:
       query: as for `bi_level_routing_attention`, as all below.
