@@ -91,7 +91,7 @@ class Spans:
 
 def earlier(number: Int[Array, "B|1 T"], spans: int) -> masks.Mask:
     """Lets a token see the first spans of a row, as many as its number says."""
-    return masks.rule(_less, number, jnp.arange(spans, dtype=jnp.int32))
+    return masks.rule(_less, number.astype(jnp.int32), jnp.arange(spans, dtype=jnp.int32))
 
 
 def _less(number: Any, span: Any) -> Array:

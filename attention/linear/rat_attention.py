@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attention.catalogue import Mechanism
 from attention.packing import places
 from attention.positions import rope
+from attention.spans import earlier, make_spans
 from attention.state import check_state
 from pallas_kernels import masks
 from pallas_kernels.checks import check_arrays
@@ -108,18 +109,11 @@ def rat_attention(
     chunk = place // chunk_size
     query, keys = _turned(query, chunk, rope_base), _turned(keys, chunk, rope_base)
 
-    # A document's last chunk is read by nobody else unless it is whole, so T / C are enough.
-    whole = within == chunk_size - 1
-    finished = jnp.cumsum(whole, axis=1) - whole
-    count = max(tokens // chunk_size, 1)
-    document = jnp.cumsum(place == 0, axis=1, dtype=jnp.int32)
-    ends = jax.vmap(lambda row: jnp.nonzero(row, size=count, fill_value=tokens - 1)[0])(whole)
-    of_chunks = jnp.where(
-        jnp.arange(count) < jnp.sum(whole, axis=1, keepdims=True),
-        jnp.take_along_axis(document, ends, axis=1),
-        -2,
-    )
-    mask = _before(finished, count) & masks.segments(document, of_chunks)
+    # A document's last chunk is read by nobody else unless it is whole.
+    chunks = make_spans(chunk_size, batch, tokens, segment_ids, whole=True)
+    ends = jnp.broadcast_to(chunks.start + chunks.size - 1, (batch, chunks.start.shape[1]))
+    ends = jnp.minimum(ends, tokens - 1)
+    mask = chunks.earlier()
     ends = ends[:, :, None, None]
     others = jnp.take_along_axis(keys, ends, 1), jnp.take_along_axis(values, ends, 1), mask
     return _attend(query, keys, values, others, scale, implementation)
@@ -205,15 +199,6 @@ def _turned(
     if base is None:
         return x
     return rope(x, jnp.broadcast_to(chunk, x.shape[:2]), base=base)
-
-
-def _before(finished: Int[Array, "B T"], count: int) -> masks.Mask:
-    """Lets a query see the chunks that were finished before it."""
-    return masks.rule(_less, finished.astype(jnp.int32), jnp.arange(count, dtype=jnp.int32))
-
-
-def _less(finished: Array, chunk: Array) -> Array:
-    return chunk < finished
 
 
 def _attend(
@@ -310,7 +295,7 @@ def rat_attention_step(
         for old, new in ((state.chunk_keys, keys), (state.chunk_values, values))
     ]
     finished = jnp.broadcast_to(chunk, query.shape[:2])
-    others = (*(x.astype(query.dtype) for x in chunks), _before(finished, room[1]))
+    others = (*(x.astype(query.dtype) for x in chunks), earlier(finished, room[1]))
     out = _attend(query, keys, values, others, scale, implementation)
     return out, RATState(*chunks, *last, length)
 
