@@ -242,8 +242,8 @@ def rat_attention_step(
 ) -> tuple[Float[Array, "B T N V"], RATState]:
     """Continues `rat_attention` by T >= 1 tokens: a prompt at once, or token by token.
 
-    A step attends to one key for each chunk so far. Tokens beyond the room of the state are stored
-    as NaN, so that it shows in every later output.
+    A step attends to one key for each chunk so far. Tokens beyond the chunks of the state and the
+    one after them have outputs of NaN.
 
     Args:
       state: the chunks so far, and the recurrence.
@@ -289,9 +289,9 @@ def rat_attention_step(
 
     # A chunk's slot takes its last token; others go nowhere.
     slot = jnp.where(place[0] % chunk_size == chunk_size - 1, chunk[0], room[1])
-    fits = length <= room[1] * chunk_size + chunk_size - 1
+    fits = length <= (room[1] + 1) * chunk_size
     chunks = [
-        old.at[:, slot].set(jnp.where(fits, new.astype(old.dtype), jnp.nan), mode="drop")
+        jnp.where(fits, old.at[:, slot].set(new.astype(old.dtype), mode="drop"), jnp.nan)
         for old, new in ((state.chunk_keys, keys), (state.chunk_values, values))
     ]
     finished = jnp.broadcast_to(chunk, query.shape[:2])

@@ -109,14 +109,19 @@ def test_steps_across_chunks(gated):
 
 
 def test_tokens_that_do_not_fit_show():
-    query, key, value, _ = _arrays()
-    state = init_rat_attention_state(B, 8, N, K, H, H, chunk_size=4)
-    out, _ = attention.rat_attention_step(state, query, key, value, chunk_size=4)
-    assert np.isnan(out).any()
-    out, _ = attention.rat_attention_step(
-        state, *(x[:, :11] for x in (query, key, value)), chunk_size=4
-    )
+    """Two chunks of 4 and the tokens of one more fit, in one step or token by token."""
+    arrays = _arrays()[:3]
+    step = jax.jit(functools.partial(attention.rat_attention_step, chunk_size=4))
+    begin = init_rat_attention_state(B, 8, N, K, H, H, chunk_size=4)
+    out, _ = step(begin, *(x[:, :13] for x in arrays))
+    assert np.isnan(out[:, -1]).all()
+    out, state = step(begin, *(x[:, :12] for x in arrays))
     assert np.isfinite(out).all()
+    for token, fits in ((11, True), (12, False), (13, False)):
+        if token == 11:
+            _, state = step(begin, *(x[:, :11] for x in arrays))
+        out, state = step(state, *(x[:, token : token + 1] for x in arrays))
+        assert np.isfinite(out).all() == fits
 
 
 def test_sharded():
