@@ -15,7 +15,7 @@ from experiments.data.text import BOS, VOCAB_SIZE
 from experiments.generate import CHUNK, _whole_characters, next_symbol, sample
 from models.language import DecoderLM
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "compiled_once")
 
 MECHANISMS = ("lightning_attention", "softmax_attention")
 

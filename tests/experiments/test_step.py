@@ -16,7 +16,7 @@ from experiments.errors import ExperimentError
 from experiments.step import Trainer, learning_rate
 from tests.numerics import assert_close
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "compiled_once")
 TINY = presets()["tiny"]
 
 
