@@ -77,27 +77,34 @@ SINK = np.array([-1.0, 0.0, 1.0, 3.0], np.float32)
 OFFSET = np.array([3, 11])
 SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 4, (B, S)), axis=1)
 
+# Every program takes seconds to compile, so terms of scores are tried together with masks.
 FEATURES = {
     "plain": {},
-    "soft cap": {"logits_soft_cap": 1.5},
-    "bias": {"bias": _normal(5, B, N, T, S)},
-    "bias of heads": {"bias": _normal(5, 1, N, T, S)},
-    "bias of batch": {"bias": _normal(5, B, 1, T, S)},
-    "bias of keys": {"bias": _normal(5, 1, 1, 1, S)},
-    "bias of queries": {"bias": _normal(5, B, N, T, 1), "sink": SINK},
-    "alibi with offsets": {"alibi_slopes": SLOPES, "query_offset": OFFSET},
-    "sink": {"sink": SINK},
+    "soft cap, bias, lengths": {
+        "logits_soft_cap": 1.5,
+        "bias": _normal(5, B, N, T, S),
+        "mask": masks.lengths(np.array([21, 9]), np.array([3, 29])),
+    },
+    "bias of batch, dilated": {"bias": _normal(5, B, 1, T, S), "mask": masks.dilated(3)},
+    "bias of keys, dynamic window": {
+        "bias": _normal(5, 1, 1, 1, S),
+        "mask": masks.window(np.array([2, 6]), None, OFFSET),
+    },
+    "bias of queries, sink, window": {
+        "bias": _normal(5, B, N, T, 1),
+        "sink": SINK,
+        "mask": masks.window(5, 2, 4),
+    },
+    "alibi with offsets, prefix": {
+        "alibi_slopes": SLOPES,
+        "query_offset": OFFSET,
+        "mask": masks.prefix(np.array([4, 20]), 2),
+    },
+    "sink, causal that hides": {"sink": SINK, "mask": masks.causal(-4)},
     "causal with offsets": {"mask": masks.causal(OFFSET)},
-    "causal that hides": {"mask": masks.causal(-4)},
-    "window": {"mask": masks.window(5, 2, 4)},
-    "dynamic window": {"mask": masks.window(np.array([2, 6]), None, OFFSET)},
-    "prefix": {"mask": masks.prefix(np.array([4, 20]), 2)},
-    "lengths": {"mask": masks.lengths(np.array([21, 9]), np.array([3, 29]))},
-    "segments": {"mask": masks.segments(SEGMENTS[:, :T], SEGMENTS)},
     "segments of heads": {
         "mask": masks.segments(np.tile(SEGMENTS[:, None], (1, K, 1))[..., :T], SEGMENTS)
     },
-    "dilated": {"mask": masks.dilated(3)},
     "dense": {"mask": masks.dense(np.random.default_rng(6).random((1, N, T, S)) < 0.4)},
     "dense of keys": {"mask": masks.dense(np.random.default_rng(6).random((B, 1, 1, S)) < 0.4)},
     "blocks": {
