@@ -32,20 +32,24 @@ def differentiated(case, name):
     return case.differentiated(case.arrays(), name)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_equations(case, name, x64):
-    arrays = case.arrays()
-    results, gradients = differentiated(case, name)
-    assert_close(results, case.expected(arrays), jnp.float64)
-    rng = np.random.default_rng(3)
+@functools.cache
+def by_the_oracle(case):
+    """Returns, at the arrays of a case, results, and slopes of the loss in random directions."""
+    arrays, rng = case.arrays(), np.random.default_rng(3)
     directions = {n: rng.standard_normal(x.shape) for n, x in arrays.items()}
-    slopes = {n: np.sum(gradients[n] * direction) for n, direction in directions.items()}
-    sizes = {n: np.linalg.norm(gradients[n]) for n in directions}
-    expected = case.expected_slopes(arrays, directions)
-    assert sizes.keys() == gradients.keys()
-    for n, slope in slopes.items():
-        assert abs(slope - expected[n]) <= 1e-11 * sizes[n], n
+    return case.expected(arrays), directions, case.expected_slopes(arrays, directions)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_equations(case, name, x64):
+    results, gradients = differentiated(case, name)
+    expected, directions, expected_slopes = by_the_oracle(case)
+    assert_close(results, expected, jnp.float64)
+    assert gradients.keys() == directions.keys()
+    for n, direction in directions.items():
+        slope, size = np.sum(gradients[n] * direction), np.linalg.norm(gradients[n])
+        assert abs(slope - expected_slopes[n]) <= 1e-11 * size, n
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -83,7 +87,8 @@ PRECISE = {
 @pytest.mark.parametrize(
     "case, dtype, name",
     (
-        *(("decay", dtype, name) for dtype in ("float32", "float16") for name in NAMES),
+        ("decay", "float32", "xla"),
+        *(("decay", "float16", name) for name in NAMES),
         *((case, "bfloat16", "xla") for case in PRECISE),
     ),
 )
