@@ -7,23 +7,27 @@ gathered there is 0, no query sees it as a key, and what comes out of it goes no
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import masks
 from pallas_kernels.tiled import tiled_attention
 
 
-def cut(order: Int[Array, "B|1 N|1 T"], size: int, count: int) -> Int[Array, "B|1 N|1 G M"]:
-    """Cuts a permutation of tokens into groups, the last of which may have places without one.
+def cut(
+    order: Int[Array, "*dims T"], size: int, count: int, nowhere: int
+) -> Int[Array, "*dims G M"]:
+    """Cuts tokens in an order into groups, the last of which may have places without one.
 
     Args:
       order: the tokens in their new order.
       size: number of places in a group, M.
       count: number of groups, G, with enough places.
+      nowhere: what places without a token hold: the number of all tokens.
     """
-    tokens = order.shape[2]
-    pad = ((0, 0), (0, 0), (0, count * size - tokens))
-    return jnp.pad(order, pad, constant_values=tokens).reshape(*order.shape[:2], count, size)
+    pad = [(0, 0)] * (order.ndim - 1) + [(0, count * size - order.shape[-1])]
+    cut = jnp.pad(order, pad, constant_values=nowhere)
+    return cut.reshape(*order.shape[:-1], count, size)
 
 
 def gathered(
@@ -51,6 +55,7 @@ def attend(
     attend_self: bool = True,
     full: bool = False,
     memory: tuple[Float[Array, "G m N|K H"], Float[Array, "G m N|K V"]] | None = None,
+    bias: Float[ArrayLike, "G L"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     function: str,
@@ -71,6 +76,7 @@ def attend(
       attend_self: whether a query may see the key of its own token.
       full: whether every place of `key_groups` holds a token, which may spare a mask.
       memory: further keys and values of each group, which all of its queries see.
+      bias: is added to the scores of the keys in each place; not together with memory.
       scale: factor of the scores; None for 1 / sqrt(H).
       implementation: see `tiled_attention`.
       function: name in error messages.
@@ -101,10 +107,15 @@ def attend(
         last = position if is_causal else jnp.full_like(position, keys - 1)
         of_key = jnp.pad(of_key, ((0, 0), (0, 0), (extra, 0)), constant_values=-1)
         mask = masks.rule(_up_to if attend_self else _up_to_others, (last, position), of_key)
+    if bias is not None:
+        bias = jnp.tile(jnp.asarray(bias, jnp.promote_types(query.dtype, jnp.float32)), (batch, 1))[
+            :, None, None
+        ]
     out, lse = tiled_attention(
         query,
         key,
         value,
+        bias=bias,
         mask=mask,
         scale=scale,
         return_lse=True,
@@ -135,11 +146,11 @@ def _up_to_others(query: tuple[Array, Array], key: Array) -> Bool[Array, "..."]:
 
 
 def returned(
-    x: Float[Array, "B G M N V"], order: Int[Array, "B|1 N|1 T"]
+    x: Float[Array, "B G M N V"], place: Int[Array, "B|1 N|1 T"]
 ) -> Float[Array, "B T N V"]:
-    """Returns results in the places of groups, cut from this order, to the tokens."""
+    """Returns to each token what stands in its place, counted through all groups."""
     batch, _, _, heads, width = x.shape
-    place = jnp.broadcast_to(jnp.argsort(order, axis=2), (batch, heads, order.shape[2]))
+    place = jnp.broadcast_to(place, (batch, heads, place.shape[2]))
     x = x.reshape(batch, -1, heads, width)
     return jnp.take_along_axis(x, jnp.swapaxes(place, 1, 2)[..., None], axis=1)
 
