@@ -28,7 +28,7 @@ def hyper_attention(
     block_size: int = 256,
     num_samples: int = 256,
     num_projections: int = 7,
-    min_seq_len: int = 2048,
+    min_seq_len: int = 4096,
     bucket_order: Literal["gray", "released"] = "gray",
     rng: Array | None = None,
     scale: float | None = None,
@@ -75,7 +75,7 @@ def hyper_attention(
       block_size: b, number of keys in a block.
       num_samples: m; 0 for blocks alone.
       num_projections: r, up to 30.
-      min_seq_len: from how many tokens on attention is not exact; 4096 in the released code.
+      min_seq_len: from how many tokens on attention is not exact, 4096 by default as released.
       bucket_order: "gray", in which neighbours differ in one sign, or that of the released code.
       rng: a key, by which projections and samples are drawn; None for a fixed one.
       scale: factor of the scores; None for 1 / sqrt(H).

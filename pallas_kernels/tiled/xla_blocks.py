@@ -19,8 +19,11 @@ from pallas_kernels.masks import ListedTile
 from pallas_kernels.tiled.inputs import Inputs, Options, as_divisor, zero_outside
 from pallas_kernels.tiled.xla_tile import TILE_SCORES, Call, Sums, cut, full, loop
 
+ROWS = 256
+"""Queries of the blocks that longer ones are cut into."""
+
 COLUMNS = 512
-"""Keys that are gathered at a time for a row of a list, or one block of them."""
+"""Keys that are gathered at a time for a row of a list; longer blocks are cut."""
 
 
 def serves(x: Inputs, gradients: Sequence[str] = ()) -> bool:
@@ -149,6 +152,7 @@ class _Lists(NamedTuple):
         parts = list(masks.parts(x.mask))
         lists = next(mask for mask in parts if isinstance(mask, masks.Blocks))
         parts.remove(lists)
+        lists = _shorter(lists, queries)
         if lists.indices.shape[1] == heads > kv_heads:
             # Query heads of one key head read different keys.
             key, value = (jnp.repeat(y, heads // kv_heads, axis=2) for y in (x.key, x.value))
@@ -174,7 +178,7 @@ class _Lists(NamedTuple):
             call,
             in_blocks(x.key),
             in_blocks(x.value),
-            jnp.clip(indices, 0, blocks - 1),
+            indices,
             lists.counts,
             block_q,
             block_k,
@@ -212,12 +216,14 @@ class _Lists(NamedTuple):
         keys = self.call.x.key.shape[1]
         index = blocks[..., None] * self.block_k + jnp.arange(self.block_k)
         seen = listed[..., None] & (index < keys)
-        index, seen = (x.reshape(*x.shape[:2], -1) for x in (jnp.minimum(index, keys - 1), seen))
+        index = jnp.clip(index, 0, keys - 1)
+        index, seen = (x.reshape(*x.shape[:2], -1) for x in (index, seen))
         return ListedTile(start, self.call.rows, index), seen[:, :, None]
 
     def gathered(self, blocks: Array, seen: Array) -> tuple[Array, Array]:
         """Returns keys and values of a row's blocks as [B, columns, K, H], 0 where unseen."""
         batch, kv_heads, _ = self.call.sizes
+        blocks = self.existing(blocks)
 
         def of(array: Array) -> Array:
             if blocks.shape[1] == 1:
@@ -232,11 +238,16 @@ class _Lists(NamedTuple):
 
         return of(self.key), of(self.value)
 
+    def existing(self, blocks: Array) -> Array:
+        """Returns numbers of blocks, some one's for those that do not exist."""
+        number = -(-self.call.x.key.shape[1] // self.block_k)
+        return jnp.clip(blocks, 0, number - 1)
+
     def added(self, sums: Array, new: Array, blocks: Array) -> Array:
         """Adds gradients [R, B, K, columns, H] of the rows' blocks to those of all blocks."""
         some, batch, kv_heads, _, features = new.shape
         new = new.reshape(some, batch, kv_heads, self.at_once, self.block_k, features)
-        rows = jnp.arange(batch)[None, :, None]
+        rows, blocks = jnp.arange(batch)[None, :, None], self.existing(blocks)
         if blocks.shape[2] == 1:
             index = jnp.broadcast_to(blocks[:, :, 0], (some, batch, self.at_once))
             return sums.at[rows, index].add(jnp.moveaxis(new, 2, 4))
@@ -264,3 +275,21 @@ class _Lists(NamedTuple):
         tokens = blocks.reshape(batch, -1, heads, features)[:, :keys]
         tokens = tokens.reshape(batch, keys, kv_heads, heads // kv_heads, features).sum(axis=3)
         return tokens.astype(like.dtype)
+
+
+def _shorter(lists: masks.Blocks, queries: int) -> masks.Blocks:
+    """Returns the same lists in blocks that are no longer than a tile should be."""
+    rows, columns = _divisor(lists.block_q, ROWS), _divisor(lists.block_k, COLUMNS)
+    repeats, cuts = lists.block_q // rows, lists.block_k // columns
+    indices, counts = (
+        jnp.repeat(x, repeats, axis=2)[:, :, : -(-queries // rows)]
+        for x in (lists.indices, lists.counts * cuts)
+    )
+    indices = indices[..., None] * cuts + jnp.arange(cuts, dtype=indices.dtype)
+    return masks.Blocks(indices.reshape(*indices.shape[:3], -1), counts, rows, columns)
+
+
+def _divisor(block: int, most: int) -> int:
+    """Returns the largest divisor of a length up to a limit; the length if none is worth a tile."""
+    best = max(size for size in range(1, min(block, most) + 1) if block % size == 0)
+    return best if best >= min(block, 64) else block
