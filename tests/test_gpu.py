@@ -31,9 +31,9 @@ def _call(record, implementation):
 
     @jax.jit
     def run(query, key, value, segment_ids, cotangent):
-        call = functools.partial(
-            _causal(record), segment_ids=segment_ids, implementation=implementation
-        )
+        call = functools.partial(_causal(record), implementation=implementation)
+        if record.takes_segments:
+            call = functools.partial(call, segment_ids=segment_ids)
         out, vjp = jax.vjp(call, query, key, value)
         return out, vjp(cotangent)
 
