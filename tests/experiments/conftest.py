@@ -7,13 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.data.python_source import PythonSource, PythonSourceConfig, standard_library
 from experiments.errors import ExperimentError
 
+# JAX is imported where it is used: if this folder is asked for, this file is read before JAX is
+# told, in `pytest_configure`, which devices to use.
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,6 +39,8 @@ def small_text(data_directory) -> tuple[str, ...]:
 
     To look at all of it takes each command two seconds.
     """
+    from experiments.data.python_source import PythonSource, PythonSourceConfig, standard_library
+
     library = Path(standard_library()[0])
     source = PythonSourceConfig.of(*(library / name for name in ("asyncio", "email", "unittest")))
     builder = PythonSource(config=source, data_dir=str(data_directory), file_format="array_record")
@@ -108,6 +109,9 @@ def run_command(command):
 @pytest.fixture
 def compiled_once(shared_directory):
     """Keeps what this process compiles, for commands that compile the same again."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
     names = {
         "jax_compilation_cache_dir": str(shared_directory / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
