@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from attention.packing import places
 from pallas_kernels import masks
+from pallas_kernels.checks import check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +128,7 @@ def make_spans(
       ValueError: the size is no positive integer, or the ids do not fit.
       TypeError: the ids are no integers.
     """
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"size: must be a positive integer; got {size!r}")
+    check_positive(size=size)
     if segment_ids is None:
         spans = max(tokens // size, 1) if whole else -(-tokens // size)
         start = jnp.arange(spans, dtype=jnp.int32)[None] * size

@@ -6,6 +6,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Int
 
 
+def check_positive(**sizes: int) -> None:
+    """Raises ValueError unless every named size is a positive integer."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: must be a positive integer; got {size!r}")
+
+
 def check_arrays(
     query: Array,
     key: Array,

@@ -13,7 +13,7 @@ from attention.norms import rms_over_heads
 from attention.packing import places
 from attention.state import check_room, check_state
 from pallas_kernels import masks
-from pallas_kernels.checks import check_arrays
+from pallas_kernels.checks import check_arrays, check_positive
 from pallas_kernels.tiled import tiled_attention
 
 BLOCK_SIZE = 64
@@ -107,8 +107,7 @@ def diag_attention(
 
 
 def _check(block_size: int, weights: str) -> None:
-    if not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size: must be a positive integer; got {block_size!r}")
+    check_positive(block_size=block_size)
     if weights not in ("softmax", "relu"):
         raise ValueError(f"weights: must be 'softmax' or 'relu'; got {weights!r}")
 

@@ -13,7 +13,7 @@ from attention.positions import rope
 from attention.spans import earlier, make_spans
 from attention.state import check_state
 from pallas_kernels import masks
-from pallas_kernels.checks import check_arrays
+from pallas_kernels.checks import check_arrays, check_positive
 from pallas_kernels.scan import ScanState, gated_scan
 from pallas_kernels.tiled import tiled_attention
 from pallas_kernels.tiled.merge import merge_partials
@@ -124,8 +124,7 @@ def _checked(
 ) -> tuple[Array, Array, Array, Array | None]:
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     check_arrays(query, key, value, same_tokens=True)
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size: must be a positive integer; got {chunk_size!r}")
+    check_positive(chunk_size=chunk_size)
     if log_decay is None:
         return query, key, value, None
     log_decay = jnp.asarray(log_decay)

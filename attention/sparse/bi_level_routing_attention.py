@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from attention.catalogue import Mechanism
 from attention.grid import Grid, checked_shape, merged, sizes_by_axis, split
 from pallas_kernels import masks
-from pallas_kernels.checks import check_arrays
+from pallas_kernels.checks import check_arrays, check_positive
 from pallas_kernels.tiled import tiled_attention
 
 REGIONS = 7
@@ -146,8 +146,7 @@ def _grid(
 ) -> Grid:
     """Returns the grid of which the tiles are the regions."""
     shape = checked_shape(shape, tokens)
-    if not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k: must be a positive integer; got {top_k!r}")
+    check_positive(top_k=top_k)
     counts = sizes_by_axis("regions", regions, shape)
     sides = tuple(-(-length // count) for length, count in zip(shape, counts, strict=True))
     return Grid(shape, sides, (1,) * len(shape))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from attention.blocks import Lists, choose_lists, lists_from_mask, top_mask
 from attention.catalogue import Mechanism
 from pallas_kernels import masks
-from pallas_kernels.checks import check_arrays
+from pallas_kernels.checks import check_arrays, check_positive
 from pallas_kernels.tiled import tiled_attention
 
 
@@ -92,14 +92,13 @@ def flex_prefill_attention(
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     check_arrays(query, key, value, same_tokens=True)
-    sizes = dict(block_size=block_size, min_budget=min_budget)
+    check_positive(block_size=block_size, min_budget=min_budget)
     if max_budget is not None:
-        sizes["max_budget"] = max_budget
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}: must be a positive integer; got {size!r}")
-    if max_budget is not None and max_budget < min_budget:
-        raise ValueError(f"max_budget: must be at least min_budget, {min_budget}; got {max_budget}")
+        check_positive(max_budget=max_budget)
+        if max_budget < min_budget:
+            raise ValueError(
+                f"max_budget: must be at least min_budget, {min_budget}; got {max_budget}"
+            )
     if not isinstance(gamma, int | float) or not gamma > 0:
         raise ValueError(f"gamma: must be a positive number; got {gamma!r}")
     if not isinstance(tau, int | float) or not tau >= 0:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attention.blocks import Lists, choose_lists, lists_from_indices, top_blocks
 from attention.catalogue import Mechanism
 from pallas_kernels import masks
-from pallas_kernels.checks import check_arrays
+from pallas_kernels.checks import check_arrays, check_positive
 from pallas_kernels.tiled import tiled_attention
 
 Representative = Literal["first", "middle", "all"]
@@ -105,10 +105,7 @@ def hip_attention(
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     check_arrays(query, key, value, same_tokens=True)
-    sizes = dict(mask_k=mask_k, block_q=block_q, block_k=block_k, group=group, window=window)
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}: must be a positive integer; got {size!r}")
+    check_positive(mask_k=mask_k, block_q=block_q, block_k=block_k, group=group, window=window)
     if window < block_q:
         raise ValueError(f"window: must be at least block_q, {block_q}; got {window}")
     if not isinstance(sinks, int) or sinks < 0:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from attention.catalogue import Mechanism
 from attention.grid import Grid, checked_shape, sizes_by_axis
 from pallas_kernels import masks
-from pallas_kernels.checks import check_arrays
+from pallas_kernels.checks import check_arrays, check_positive
 from pallas_kernels.tiled import tiled_attention
 from pallas_kernels.tiled.merge import merge_partials
 
@@ -147,8 +147,7 @@ def neighborhood_bounds(
       >>> neighborhood_bounds(8, 3)
       (array([0, 0, 1, 2, 3, 4, 5, 5], dtype=int32), array([3, 3, 4, 5, 6, 7, 8, 8], dtype=int32))
     """
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(f"length: must be a positive integer; got {length!r}")
+    check_positive(length=length)
     ((window, dilation, stride, is_causal),) = _axes((length,), window, dilation, stride, is_causal)
     index = np.arange(length, dtype=np.int32)
     place, remainder = index // dilation, index % dilation

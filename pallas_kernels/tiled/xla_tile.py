@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Bound, ListedTile, Tile
+from pallas_kernels.masks.algebra import minimum
 from pallas_kernels.tiled.inputs import (
     LEAST_EXCESS,
     WEIGHTS,
@@ -443,11 +444,6 @@ def tile_range(bounds: tuple[Bound, Bound], length: int, size: int) -> tuple[Bou
     if isinstance(start, int) and isinstance(stop, int):
         return max(start, 0) // size, -(-min(stop, length) // size)
     return jnp.maximum(start, 0) // size, -(-jnp.minimum(stop, length) // size)
-
-
-def minimum(a: Bound, b: int) -> Bound:
-    """Returns the smaller one, static if both are."""
-    return min(a, b) if isinstance(a, int) else jnp.minimum(a, b)
 
 
 def full(like: Array, shape: Sequence[int], value: float, dtype: Any) -> Array:
