@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
 
 from attention import catalogue, transnormer_slopes
@@ -26,9 +27,22 @@ from models.layers.attention import (
 )
 from models.layers.feed_forward import FeedForward, FeedForwardKind
 from models.layers.initializers import EMBEDDING_INIT, KERNEL_INIT, residual_init
+from models.layers.mixers import MIXERS
 from models.layers.norm import NORMS, NormKind
 
-Option = bool | int | float | str
+Option = bool | int | float | str | None
+
+# Settings of an attention layer that a model may give the layers of one mechanism for themselves.
+_LAYER_SETTINGS = (
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "value_dim",
+    "positions",
+    "query_key_activation",
+    "output_norm",
+    "output_gate",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +69,15 @@ class DecoderConfig:
     head_dim: int | None = None
     """Channels of a head; None: features / num_heads."""
     mechanism: str = "softmax_attention"
-    """Name of the attention mechanism in the catalogue; it must have a causal form."""
+    """Name of the attention mechanism in the catalogue; it must have a causal form. Or that of a
+    mixer with weights of its own, such as base_conv."""
+    layers: tuple[str, ...] = ()
+    """Mechanisms or mixers of the layers where they differ, over and over until every layer has
+    one; empty: `mechanism` in all."""
     options: dict[str, Option] = dataclasses.field(default_factory=dict, hash=False)
-    """Further options of the mechanism, such as logits_soft_cap."""
+    """Further options of the mechanism, such as logits_soft_cap. NAME.option is for the layers of
+    mechanism NAME alone, and may also be a setting of their attention layers, such as
+    NAME.head_dim, NAME.value_dim or NAME.positions."""
     implementation: Literal["reference", "xla", "pallas_tpu", "pallas_gpu"] | None = None
     """Implementation of the mechanism; None: the best one for the platform."""
     positions: Positions | None = "rope"
@@ -97,6 +117,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         """Checks what does not depend on the mechanism."""
+        object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists
         check_literals(self)
         check_positive(
             vocab_size=self.vocab_size,
@@ -107,6 +128,13 @@ class DecoderConfig:
             head_dim=self.head_channels,
             hidden_features=self.hidden_channels,
         )
+        for name in self.options:
+            owner, dot, _ = name.rpartition(".")
+            if dot and owner not in self.mixers:
+                raise ValueError(
+                    f"options: {name!r}, but no layer is {owner!r}; they are "
+                    f"{', '.join(dict.fromkeys(self.mixers))}"
+                )
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"num_kv_heads: {self.kv_heads} must divide the {self.num_heads} heads of num_heads"
@@ -138,21 +166,56 @@ class DecoderConfig:
         """Dtype of the computation."""
         return jnp.dtype(self.dtype)
 
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """Mechanism or mixer of every layer."""
+        names = self.layers or (self.mechanism,)
+        return tuple(names[layer % len(names)] for layer in range(self.num_layers))
+
+    def layer_settings(self, layer: int) -> dict[str, Any]:
+        """Settings of the attention layer of a layer of the model, counted from 0."""
+        settings = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "positions": self.layer_positions(layer),
+            "query_key_activation": self.query_key_activation,
+            "output_norm": self.output_norm,
+            "output_gate": self.output_gate,
+        }
+        own = self._own(layer)
+        return settings | {name: own[name] for name in own.keys() & set(_LAYER_SETTINGS)}
+
     def layer_positions(self, layer: int) -> Positions | None:
         """What turns queries and keys in a layer, counted from 0."""
-        return self.positions if layer == 0 or self.position_layers == "all" else None
+        shared = self.positions if layer == 0 or self.position_layers == "all" else None
+        return self._own(layer).get("positions", shared)
 
     def layer_options(self, layer: int) -> dict[str, Any]:
         """Options of the mechanism in a layer, counted from 0."""
         options: dict[str, Any] = {}
         if self.implementation is not None:
             options["implementation"] = self.implementation
-        takes_slopes = accepts(catalogue.get(self.mechanism).function, "slopes")
+        takes_slopes = accepts(catalogue.get(self.mixers[layer]).function, "slopes")
         if takes_slopes and self.decay is not None:
-            options["slopes"] = transnormer_slopes(
-                layer, self.num_layers, self.num_heads, self.decay
-            )
-        return options | self.options
+            heads = self.layer_settings(layer)["num_heads"]
+            options["slopes"] = transnormer_slopes(layer, self.num_layers, heads, self.decay)
+        shared = {name: x for name, x in self.options.items() if "." not in name}
+        own = {name: x for name, x in self._own(layer).items() if name not in _LAYER_SETTINGS}
+        return options | shared | own
+
+    def mixer_options(self, layer: int) -> dict[str, Any]:
+        """Options of the mixer with weights of its own in a layer, counted from 0."""
+        return {name: x for name, x in self.options.items() if "." not in name} | self._own(layer)
+
+    def _own(self, layer: int) -> dict[str, Option]:
+        """The options that are for a layer's mixer alone."""
+        prefix = f"{self.mixers[layer]}."
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self.options.items()
+            if name.startswith(prefix)
+        }
 
 
 def transformer(**overrides: Any) -> DecoderConfig:
@@ -190,20 +253,35 @@ def transnormer_llm(**overrides: Any) -> DecoderConfig:
 
 
 def parameter_count(config: DecoderConfig) -> int:
-    """Number of parameters of `DecoderLM(config)`, by the formula of docs/models.md."""
-    d, h = config.features, config.head_channels
-    inner, inner_kv = config.num_heads * h, config.kv_heads * h
-    attention = d * ((3 if config.output_gate else 2) * inner + 2 * inner_kv)
-    attention += inner if config.output_norm == "rms" else 0
-    matrices = 2 if config.feed_forward == "gelu" else 3
-    feed_forward = matrices * d * config.hidden_channels
-    layers = config.num_layers * (attention + feed_forward)
-    angles = inner_kv * sum(
-        config.layer_positions(layer) == "lrpe" for layer in range(config.num_layers)
-    )
-    gains = (2 * config.num_layers + 1) * d if config.norm == "rms" else 0
-    embeddings = (1 if config.tie_embeddings else 2) * config.vocab_size * d
-    return embeddings + layers + angles + gains
+    """Number of parameters of `DecoderLM(config)`; docs/models.md has the formula."""
+    model = nnx.eval_shape(lambda: DecoderLM(config, rngs=nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _mixer(
+    config: DecoderConfig, layer: int, out_kernel_init: Initializer, rngs: nnx.Rngs
+) -> nnx.Module:
+    """What mixes the tokens of a layer: one of MIXERS, or a mechanism in an attention layer."""
+    name, shared = config.mixers[layer], {"dtype": config.compute_dtype, "rngs": rngs}
+    shared["out_kernel_init"] = out_kernel_init
+    if name not in MIXERS:
+        return AttentionLayer(
+            config.features,
+            mechanism=name,
+            rope_base=config.rope_base,
+            options=config.layer_options(layer),
+            **config.layer_settings(layer),
+            **shared,
+        )
+    options, known = config.mixer_options(layer), inspect.signature(MIXERS[name]).parameters
+    for option in options:
+        if option not in known or option in shared:
+            free = ", ".join(known.keys() - {"features", *shared})
+            raise ValueError(f"options: {option!r} is not an option of {name}, which has {free}")
+    for option in ("num_heads", "implementation"):
+        if option in known:
+            options.setdefault(option, getattr(config, option))
+    return MIXERS[name](config.features, **options, **shared)
 
 
 class DecoderBlock(nnx.Module):
@@ -222,22 +300,7 @@ class DecoderBlock(nnx.Module):
         norm, dtype = NORMS[config.norm], config.compute_dtype
         out_kernel_init = residual_init(config.num_layers)
         self.attention_norm = norm(config.features, rngs=rngs)
-        self.attention = AttentionLayer(
-            config.features,
-            config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            mechanism=config.mechanism,
-            options=config.layer_options(layer),
-            query_key_activation=config.query_key_activation,
-            positions=config.layer_positions(layer),
-            rope_base=config.rope_base,
-            output_norm=config.output_norm,
-            output_gate=config.output_gate,
-            dtype=dtype,
-            out_kernel_init=out_kernel_init,
-            rngs=rngs,
-        )
+        self.attention = _mixer(config, layer, out_kernel_init, rngs)
         self.feed_forward_norm = norm(config.features, rngs=rngs)
         self.feed_forward = FeedForward(
             config.features,
@@ -340,7 +403,7 @@ class DecoderLM(nnx.Module):
                 f"segment_ids: shape {segment_ids.shape} must be {tokens.shape}, that of tokens"
             )
         x = self._embed(tokens)
-        for _, blocks in itertools.groupby(self.layers, lambda block: block.attention.positions):
+        for _, blocks in itertools.groupby(self.layers, _structure):
             x = self._apply(list(blocks), x, segment_ids)
         return self._logits(x)
 
@@ -429,8 +492,16 @@ _REMAT_POLICIES = {
 }
 
 
+def _structure(block: DecoderBlock) -> tuple[Any, ...]:
+    """What differs between blocks of one model that are not of equal structure."""
+    mixer = block.attention
+    if isinstance(mixer, AttentionLayer):
+        return mixer.mechanism, mixer.positions
+    return (type(mixer),)
+
+
 def _slopes(block: DecoderBlock) -> dict[str, np.ndarray]:
-    slopes = dict(block.attention.options).get("slopes")
+    slopes = dict(getattr(block.attention, "options", ())).get("slopes")
     return {} if slopes is None else {"slopes": np.asarray(slopes, np.float32)}
 
 

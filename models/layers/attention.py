@@ -32,14 +32,14 @@ _BOTH = frozenset({"self causal", "self non-causal"})
 class AttentionLayer(nnx.Module):
     """Self-attention between projections: `out(gate * norm(mechanism(query, key, value)))`.
 
-    For input x [B, T, D], with N query heads and K key and value heads of H channels:
+    For input x [B, T, D], with N query heads and K key heads of H channels, and K value heads of V:
 
-    1. `query`, `key`, `value` project x to N * H, K * H and K * H channels;
+    1. `query`, `key`, `value` project x to N * H, K * H and K * V channels;
     2. `query_key_activation` is applied to queries and keys;
     3. `positions` turns queries and keys: "rope" by rotary embedding, "lrpe" by LRPE-d, which
        doubles their channels; its angles `theta` [K, H] are learned, and shared within a group;
-    4. the mechanism gives [B, T, N * H];
-    5. `output_norm` normalises over all N * H channels;
+    4. the mechanism gives [B, T, N * V];
+    5. `output_norm` normalises over all N * V channels;
     6. `output_gate` multiplies by a further linear projection of x, `gate`, with no activation;
     7. `out` projects back to D channels.
 
@@ -59,6 +59,7 @@ class AttentionLayer(nnx.Module):
       num_kv_heads: K, which must divide N; query head n attends with key head n // (N / K). None
         for N.
       head_dim: H; None for D / N.
+      value_dim: V; None for H.
       mechanism: slug of a mechanism of the catalogue that does self-attention and has no weights.
       is_causal: whether a token sees only itself and those before it; True by default.
       options: keyword arguments for the mechanism, such as `slopes`, `scale`, `logits_soft_cap` or
@@ -90,6 +91,7 @@ class AttentionLayer(nnx.Module):
         *,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
+        value_dim: int | None = None,
         mechanism: str = "softmax_attention",
         is_causal: bool = True,
         options: Mapping[str, Any] | None = None,
@@ -108,7 +110,8 @@ class AttentionLayer(nnx.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_positive(features=features, num_heads=num_heads, num_kv_heads=num_kv_heads)
         head_dim = default_head_dim(features, num_heads) if head_dim is None else head_dim
-        check_positive(head_dim=head_dim)
+        value_dim = head_dim if value_dim is None else value_dim
+        check_positive(head_dim=head_dim, value_dim=value_dim)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads: {num_kv_heads} must divide the {num_heads} heads of num_heads"
@@ -127,6 +130,7 @@ class AttentionLayer(nnx.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.value_dim = value_dim
         self.mechanism = mechanism
         self.is_causal = is_causal
         self.options = tuple(sorted(options.items()))
@@ -144,10 +148,10 @@ class AttentionLayer(nnx.Module):
         linear = functools.partial(
             nnx.Linear, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
-        inner, inner_kv = num_heads * head_dim, num_kv_heads * head_dim
-        self.query = linear(features, inner, kernel_init=kernel_init)
-        self.key = linear(features, inner_kv, kernel_init=kernel_init)
-        self.value = linear(features, inner_kv, kernel_init=kernel_init)
+        inner = num_heads * value_dim
+        self.query = linear(features, num_heads * head_dim, kernel_init=kernel_init)
+        self.key = linear(features, num_kv_heads * head_dim, kernel_init=kernel_init)
+        self.value = linear(features, num_kv_heads * value_dim, kernel_init=kernel_init)
         self.out = linear(inner, features, kernel_init=out_kernel_init or kernel_init)
         if output_gate:
             self.gate = linear(features, inner, kernel_init=kernel_init)
@@ -208,7 +212,7 @@ class AttentionLayer(nnx.Module):
         record = self._step_record()
         key_dim = self.head_dim * (2 if self.positions == "lrpe" else 1)
         dtype = dtype or self.dtype or self.param_dtype
-        sizes = batch, max_length, self.num_heads, self.num_kv_heads, key_dim, self.head_dim
+        sizes = batch, max_length, self.num_heads, self.num_kv_heads, key_dim, self.value_dim
         own = {name: x for name, x in self.options if accepts(record.init_state, name)}
         return record.init_state(*sizes, dtype, **own)
 
@@ -264,10 +268,9 @@ class AttentionLayer(nnx.Module):
         """Queries, keys and values, with everything that is done to them before the mechanism."""
         if positions is not None and self.positions is None:
             raise ValueError("positions: this layer has no positions to apply them to")
-        split = (*x.shape[:2], -1, self.head_dim)
         query = self.query(self.query_token[...][None, None] if self._record.one_query else x)
         query = query.reshape(*query.shape[:2], -1, self.head_dim)
-        key = self.key(x).reshape(split)
+        key = self.key(x).reshape(*x.shape[:2], -1, self.head_dim)
         if self.query_key_activation == "silu":
             query, key = jax.nn.silu(query), jax.nn.silu(key)
         if self.positions == "rope":
@@ -278,7 +281,7 @@ class AttentionLayer(nnx.Module):
             group = self.num_heads // self.num_kv_heads
             query = lrpe(query, jnp.repeat(theta, group, axis=0), positions)
             key = lrpe(key, theta, positions)
-        return query, key, self.value(x).reshape(split)
+        return query, key, self.value(x).reshape(*x.shape[:2], -1, self.value_dim)
 
     def _project_out(self, x: Array, out: Array) -> Array:
         out = out.reshape(*x.shape[:2], -1)

@@ -33,7 +33,17 @@ CONFIGS = {
     "transformer": TRANSFORMER,
     "transnormer_llm": TRANSNORMER,
     "transnormer_llm with softmax": transnormer_llm(**TINY, mechanism="softmax_attention"),
-    "transformer with lightning": transformer(**TINY, mechanism="lightning_attention"),
+    "hybrid": transformer(
+        **TINY,
+        layers=("lightning_attention", "softmax_attention"),
+        options={
+            "lightning_attention.head_dim": 2,
+            "lightning_attention.value_dim": 6,
+            "lightning_attention.positions": None,
+            "softmax_attention.local_window_size": 4,
+            "softmax_attention.num_kv_heads": 1,
+        },
+    ),
 }
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 both_models = pytest.mark.parametrize(
@@ -117,6 +127,21 @@ def test_computes_in_narrow_dtypes_with_float32_parameters(config, dtype):
     assert block.dtype == jnp.dtype(dtype)
 
 
+def count_by_formula(config):
+    """Returns the number of parameters by the formula of docs/models.md."""
+    d, h, k = config.features, config.head_channels, config.kv_heads
+    inner = config.num_heads * h
+    layers = d * (2 * inner + 2 * k * h)
+    layers += d * inner if config.output_gate else 0
+    layers += inner if config.output_norm == "rms" else 0
+    layers += (2 if config.feed_forward == "gelu" else 3) * d * config.hidden_channels
+    angles = {None: 0, "rope": 0, "lrpe": k * h}[config.positions]
+    angles *= config.num_layers if config.position_layers == "all" else 1
+    gains = (2 * config.num_layers + 1) * d if config.norm == "rms" else 0
+    embeddings = (1 if config.tie_embeddings else 2) * config.vocab_size * d
+    return config.num_layers * layers + angles + gains + embeddings
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -135,9 +160,7 @@ def test_computes_in_narrow_dtypes_with_float32_parameters(config, dtype):
 @both_models
 def test_parameter_count(config, changes):
     config = dataclasses.replace(config, **changes)
-    model = nnx.eval_shape(lambda: DecoderLM(config, rngs=nnx.Rngs(0)))
-    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model))]
-    assert parameter_count(config) == sum(sizes)
+    assert parameter_count(config) == count_by_formula(config)
 
 
 def test_default_hidden_features():
@@ -208,6 +231,22 @@ def test_lrpe_in_the_first_layer_only_and_decay_in_all():
             assert len(set(found)) == heads and min(found) > 0
     everywhere = make(TRANSNORMER, position_layers="all")
     assert len([path for path in paths(everywhere) if "theta" in path]) == 2
+
+
+def test_layers_take_turns_and_have_options_of_their_own():
+    model = make(CONFIGS["hybrid"], num_layers=5)
+    mixers = [block.attention for block in model.layers]
+    assert [m.mechanism[:4] for m in mixers] == ["ligh", "soft", "ligh", "soft", "ligh"]
+    assert [m.positions for m in mixers[:2]] == [None, "rope"]
+    assert [m.value_dim for m in mixers[:2]] == [6, 4]
+    assert [m.query.kernel.shape for m in mixers[:2]] == [(16, 8), (16, 16)]
+    assert [m.value.kernel.shape for m in mixers[:2]] == [(16, 24), (16, 4)]
+    assert dict(mixers[1].options) == {"local_window_size": 4}
+    assert_close(np.array(dict(mixers[2].options)["slopes"]), oracles.slopes(2, 5, 4, "alibi"))
+    with pytest.raises(ValueError, match=r"options: 'hip_attention.block_size', but no layer is"):
+        make(CONFIGS["hybrid"], options={"hip_attention.block_size": 4})
+    with pytest.raises(ValueError, match="options: 'window' is not an option of softmax_attention"):
+        make(CONFIGS["hybrid"], options={"softmax_attention.window": 4})
 
 
 def test_decay_is_passed_to_mechanisms_that_have_one():

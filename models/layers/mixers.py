@@ -1,0 +1,11 @@
+"""Mixers of tokens with weights of their own, which models take by name as they take mechanisms.
+
+Each is a module made by `Mixer(features, *, ..., dtype, out_kernel_init, rngs)` with the methods of
+`AttentionLayer`: the call on whole sequences, `init_state` and `step`.
+"""
+
+from __future__ import annotations
+
+from flax import nnx
+
+MIXERS: dict[str, type[nnx.Module]] = {}
