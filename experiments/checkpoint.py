@@ -14,7 +14,7 @@ from orbax.checkpoint import checkpoint_managers
 from experiments.config import CheckpointConfig
 from experiments.errors import ExperimentError
 
-METRIC = "validation_bits_per_byte"
+METRIC = "validation_loss"
 DAMAGED = "damaged-"
 
 
@@ -224,7 +224,8 @@ def best_step(directory: Path) -> int:
     """The step with the least validation loss; the newest where none was measured."""
     manager = reader(directory)
     steps = complete_steps(directory)
-    measured = [(m[METRIC], step) for step in steps if (m := manager.metrics(step))]
+    # One value a checkpoint: runs of earlier versions had another name for it.
+    measured = [(*m.values(), step) for step in steps if (m := manager.metrics(step))]
     return min(measured)[1] if measured else steps[-1]
 
 

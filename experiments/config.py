@@ -1,4 +1,4 @@
-"""The typed configuration of a text experiment: command line, presets, JSON."""
+"""The typed configurations of experiments: command line, presets, JSON."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import tyro
 
+from experiments.data.mqar import MqarDataConfig
 from experiments.data.text import VOCAB_SIZE, TextDataConfig
 from experiments.errors import USAGE, ExperimentError
 from models.language import DecoderConfig, transformer, transnormer_llm
@@ -85,14 +86,14 @@ class LogConfig:
     evaluate_every: int = 350
     """Steps between measurements on the validation split; 0: never. Also measured at the end."""
     evaluate_bytes: int = 65_536
-    """Bytes of the validation split that are used."""
+    """Bytes of the validation split that are used, of text."""
     tensorboard: bool = True
     """Also write TensorBoard event files, into the run's directory."""
 
 
 @dataclass(frozen=True)
-class TextConfig:
-    """A language model on text, byte by byte."""
+class RunConfig:
+    """What every task's run has, beside its model and its data."""
 
     preset: str = "transnormer_llm"
     """Named set of defaults; `--help` shows the defaults of the preset that stands before it."""
@@ -106,14 +107,10 @@ class TextConfig:
     """Optimiser steps."""
     batch_size: int = 8
     """Sequences in a step, over all devices and processes."""
-    sequence_length: int = 256
-    """Bytes in a sequence."""
     accumulate: int = 1
     """Parts into which a step's batch is split, one after the other, to save memory."""
     seed: int = 0
     """Seed of the initial parameters and of the order of the data."""
-    model: DecoderConfig = field(default_factory=lambda: transnormer_llm(vocab_size=VOCAB_SIZE))
-    data: TextDataConfig = field(default_factory=TextDataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -124,6 +121,33 @@ class TextConfig:
     def run_directory(self) -> Path:
         """Where the run's files lie."""
         return self.run if self.run is not None else Path("runs") / self.preset
+
+
+@dataclass(frozen=True)
+class TextConfig(RunConfig):
+    """A language model on text, byte by byte."""
+
+    sequence_length: int = 256
+    """Bytes in a sequence."""
+    model: DecoderConfig = field(default_factory=lambda: transnormer_llm(vocab_size=VOCAB_SIZE))
+    data: TextDataConfig = field(default_factory=TextDataConfig)
+
+
+@dataclass(frozen=True)
+class MqarConfig(RunConfig):
+    """A model that recalls values by their keys: multi-query associative recall (MQAR)."""
+
+    preset: str = "mqar"
+    """Named set of defaults; `--help` shows the defaults of the preset that stands before it."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Sequences in a step, over all devices and processes."""
+    model: DecoderConfig = field(default_factory=lambda: transformer(vocab_size=VOCAB_SIZE))
+    data: MqarDataConfig = field(default_factory=MqarDataConfig)
+
+
+CONFIGS: dict[str, type[RunConfig]] = {"text": TextConfig, "mqar": MqarConfig}
 
 
 # Fields that may differ between a run and its resumption: where it runs and what it prints, not
@@ -140,8 +164,13 @@ MAY_CHANGE = (
 )
 
 
-def presets() -> dict[str, TextConfig]:
-    """Every preset by name. The first two train in minutes on two CPU cores."""
+def presets(task: str = "text") -> dict[str, Any]:
+    """Every preset of a task by name; the first is its default, for minutes on two CPU cores."""
+    configs = PRESETS[task]()
+    return {name: dataclasses.replace(config, preset=name) for name, config in configs.items()}
+
+
+def _text_presets() -> dict[str, TextConfig]:
     small = {"num_layers": 4, "num_heads": 4, "features": 128}
     medium = {"num_layers": 12, "num_heads": 12, "features": 768}
     medium |= {"dtype": "bfloat16", "remat": "dots", "scan_layers": True}
@@ -153,7 +182,7 @@ def presets() -> dict[str, TextConfig]:
         checkpoint=CheckpointConfig(every=1000),
         log=LogConfig(every=50, evaluate_every=1000, evaluate_bytes=2**20),
     )
-    configs = {
+    return {
         "transnormer_llm": TextConfig(model=transnormer_llm(vocab_size=VOCAB_SIZE, **small)),
         "transformer": TextConfig(model=transformer(vocab_size=VOCAB_SIZE, **small)),
         "transnormer_llm_medium": dataclasses.replace(
@@ -172,10 +201,41 @@ def presets() -> dict[str, TextConfig]:
             log=LogConfig(every=1, evaluate_every=10, evaluate_bytes=4096),
         ),
     }
-    return {name: dataclasses.replace(config, preset=name) for name, config in configs.items()}
 
 
-def parse(arguments: list[str], program: str) -> TextConfig:
+def _mqar_presets() -> dict[str, MqarConfig]:
+    model = transformer(vocab_size=256, num_layers=2, num_heads=2, features=64)
+    data = MqarDataConfig(vocab_size=256, length=64, pairs=8)
+    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=100)
+    log = LogConfig(every=50, evaluate_every=250)
+    mqar = MqarConfig(model=model, data=data, optimizer=optimizer, log=log)
+    return {
+        "mqar": mqar,
+        # That of the paper: a vocabulary of 8192, and as many pairs as fit.
+        "mqar_medium": dataclasses.replace(
+            mqar,
+            steps=20_000,
+            batch_size=256,
+            model=dataclasses.replace(model, vocab_size=8192, features=128),
+            data=MqarDataConfig(vocab_size=8192, length=512, pairs=64),
+            checkpoint=CheckpointConfig(every=1000),
+        ),
+        "tiny": dataclasses.replace(
+            mqar,
+            steps=20,
+            batch_size=8,
+            model=dataclasses.replace(model, vocab_size=40, features=16),
+            data=MqarDataConfig(vocab_size=40, length=16, pairs=2, evaluate_examples=32),
+            checkpoint=CheckpointConfig(every=5),
+            log=LogConfig(every=1, evaluate_every=10),
+        ),
+    }
+
+
+PRESETS = {"text": _text_presets, "mqar": _mqar_presets}
+
+
+def parse(arguments: list[str], program: str, task: str = "text") -> Any:
     """Reads a command line into a configuration.
 
     The defaults are those of `--preset`, or with `--resume` those that the run was started with.
@@ -183,13 +243,14 @@ def parse(arguments: list[str], program: str) -> TextConfig:
     Args:
       arguments: the command line, without the program's name.
       program: the program's name, for the help text.
+      task: which of CONFIGS.
 
     Raises:
       ExperimentError: for an unknown preset, a run to resume that does not exist, or an option
         that differs from what the run to resume was started with.
     """
-    preset = _option(arguments, "--preset") or TextConfig.preset
-    known = presets()
+    preset = _option(arguments, "--preset") or CONFIGS[task].preset
+    known = presets(task)
     if preset not in known:
         near = difflib.get_close_matches(preset, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -202,6 +263,10 @@ def parse(arguments: list[str], program: str) -> TextConfig:
     saved = None
     if "--resume" in arguments:
         saved = load(directory)
+        if type(saved) is not CONFIGS[task]:
+            raise ExperimentError(
+                f"{directory} is a run of the task {task_of(saved)!r}, not of {task!r}", USAGE
+            )
         default = dataclasses.replace(
             saved,
             resume=True,
@@ -209,7 +274,7 @@ def parse(arguments: list[str], program: str) -> TextConfig:
             run=Path(run) if run else None,
             distributed=DistributedConfig(),
         )
-    config = tyro.cli(TextConfig, args=arguments, default=default, prog=program)
+    config = tyro.cli(CONFIGS[task], args=arguments, default=default, prog=program)
     if saved is not None:
         changed = differences(to_json(saved), to_json(config))
         if changed:
@@ -225,7 +290,12 @@ def parse(arguments: list[str], program: str) -> TextConfig:
     return config
 
 
-def load(run: Path) -> TextConfig:
+def task_of(config: RunConfig) -> str:
+    """Name of the task that a configuration is of."""
+    return next(name for name, cls in CONFIGS.items() if type(config) is cls)
+
+
+def load(run: Path) -> Any:
     """The configuration that the run in a directory was started with.
 
     Raises:
@@ -233,7 +303,11 @@ def load(run: Path) -> TextConfig:
     """
     path = run / "config.json"
     try:
-        return from_json(TextConfig, json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        task = values.pop("task", "text")
+        if task not in CONFIGS:
+            raise ValueError(f"task {task!r} is unknown")
+        return from_json(CONFIGS[task], values)
     except FileNotFoundError:
         raise ExperimentError(f"no run in {run}: {path} does not exist") from None
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Evaluates a run on its test split: `python -m experiments.evaluate RUN`."""
+"""Evaluates a run on its test data: `python -m experiments.evaluate RUN`."""
 
 from __future__ import annotations
 
@@ -15,50 +15,69 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import config as configs
-from experiments import parallel
+from experiments import parallel, tasks
 from experiments.baselines import ByteModel, lzma_bits
 from experiments.checkpoint import best_step, complete_steps, restore_state
-from experiments.config import MeshConfig, OptimizerConfig, TextConfig
+from experiments.config import MeshConfig, OptimizerConfig, RunConfig, TextConfig
 from experiments.data import text
 from experiments.errors import ExperimentError, run_command
 from experiments.step import Trainer
-from experiments.train import measure
+from experiments.tasks import Task
+from experiments.train import measure, name_of
 
 RESULTS = "evaluation.json"
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Bits per byte of a run's model on the test split, beside baselines on the same bytes."""
+    """Measures a run's model on its task's test data, and baselines on the same text."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Directory of the run."""
     checkpoint: str = "last"
     """Which checkpoint: last, best (by validation loss), or a step."""
     max_bytes: int | None = None
-    """Bytes of the test split that are used, from its beginning; default: all of it."""
+    """Bytes of a text's test split that are used, from its beginning; default: all of it."""
     baselines: bool = True
-    """Also measure byte models of order 0 and 2, fitted to the training split, and LZMA."""
+    """Also measure, of text, byte models of order 0 and 2, fitted to the training split, and
+    LZMA."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured, all on the same bytes."""
+    """What `evaluate` measured."""
 
     step: int
-    bytes: int
-    bits_per_byte: dict[str, float]
-    """By name: the model under its mechanism's, then the baselines."""
+    """Step of the checkpoint."""
+    task: Task
+    targets: int
+    """Number of targets on which the model was measured first, such as the bytes of a text."""
+    values: dict[str, float]
+    """The task's measure by name: the model under its mechanism's, then the model on further data
+    or baselines on the same."""
 
     def print(self) -> None:
         """Shows the table."""
-        table = Table(box=box.SIMPLE, title=f"test split, {self.bytes:,} bytes")
+        title = f"test split, {self.targets:,} {self.task.targets}"
+        table = Table(box=box.SIMPLE, title=title)
         table.add_column("model")
-        table.add_column("bits per byte", justify="right")
-        for name, bits in self.bits_per_byte.items():
-            table.add_row(name, f"{bits:.4f}")
+        table.add_column(self.task.metric_label, justify="right")
+        for name, value in self.values.items():
+            table.add_row(name, f"{value:.4f}")
         Console().print(table)
+
+    def write(self, run: Path) -> None:
+        """Writes `evaluation.json` beside a run.
+
+        Raises:
+          ExperimentError: if the disk does not take it.
+        """
+        found = {"step": self.step, self.task.targets: self.targets, self.task.metric: self.values}
+        try:
+            (run / RESULTS).write_text(json.dumps(found) + "\n")
+        except OSError as error:
+            raise ExperimentError(f"cannot write to {run}: {error}") from error
 
 
 def main() -> None:
@@ -68,43 +87,44 @@ def main() -> None:
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Measures a run's model and the baselines, and writes `evaluation.json` beside the run.
+    """Measures a run's model, and a text's baselines, and writes `evaluation.json` beside the run.
 
     Raises:
       ExperimentError: if there is no such run or checkpoint, or the data cannot be read.
     """
     run = configs.load(config.run)
+    task = tasks.of(run)
     step, trainer, parameters, mesh = load_model(config.run, run, config.checkpoint, config.mesh)
+    values, targets = {}, []
     try:
-        documents = list(text.documents(run.data, run.data.test_split, config.max_bytes))
         with parallel.use_mesh(mesh):
-            bits, count = measure(
-                trainer,
-                parameters,
-                mesh,
-                run,
-                split=run.data.test_split,
-                max_bytes=config.max_bytes,
-            )
-        assert count == sum(map(len, documents)), "the model must be measured on every byte"
-        rows = {run.model.mechanism: bits}
-        if config.baselines:
-            for order in (2, 0):
-                fitted = ByteModel(order, text.documents(run.data, run.data.train_split))
-                rows[f"order-{order} byte model"] = fitted.bits(documents) / count
-            rows["lzma"] = lzma_bits(documents) / count
+            for label, batches in task.test_data(run, config.max_bytes).items():
+                measures, count = measure(trainer, parameters, mesh, task, batches)
+                values[", ".join(filter(None, (name_of(run.model), label)))] = measures[task.metric]
+                targets.append(count)
+        if isinstance(run, TextConfig) and config.baselines:
+            values |= _baselines(run, config.max_bytes, targets[0])
     except (ValueError, OSError) as error:
         raise ExperimentError(f"data: {error}") from error
-    evaluation = Evaluation(step, count, rows)
-    try:
-        (config.run / RESULTS).write_text(json.dumps(dataclasses.asdict(evaluation)) + "\n")
-    except OSError as error:
-        raise ExperimentError(f"cannot write to {config.run}: {error}") from error
+    evaluation = Evaluation(step, task, targets[0], values)
+    evaluation.write(config.run)
     return evaluation
 
 
+def _baselines(run: TextConfig, max_bytes: int | None, count: int) -> dict[str, float]:
+    """Bits per byte of byte models and a compressor on the bytes that a model was measured on."""
+    documents = list(text.documents(run.data, run.data.test_split, max_bytes))
+    assert count == sum(map(len, documents)), "the model must be measured on every byte"
+    found = {}
+    for order in (2, 0):
+        fitted = ByteModel(order, text.documents(run.data, run.data.train_split))
+        found[f"order-{order} byte model"] = fitted.bits(documents) / count
+    found["lzma"] = lzma_bits(documents) / count
+    return found
+
+
 def load_model(
-    path: Path, run: TextConfig, checkpoint: str, mesh_config: MeshConfig
+    path: Path, run: RunConfig, checkpoint: str, mesh_config: MeshConfig
 ) -> tuple[int, Trainer, Any, jax.sharding.Mesh]:
     """The parameters of one of a run's checkpoints, placed on a mesh.
 
@@ -138,7 +158,9 @@ def load_model(
     mesh = parallel.make_mesh(mesh_config)
     with parallel.use_mesh(mesh):
         try:
-            trainer = Trainer(run.model, OptimizerConfig(), mesh, steps=run.steps)
+            trainer = Trainer(
+                run.model, OptimizerConfig(), mesh, steps=run.steps, task=tasks.of(run)
+            )
         except (ValueError, TypeError) as error:
             raise ExperimentError(f"model: {error}") from error
         state = restore_state(directory, step, trainer.template)

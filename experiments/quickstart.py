@@ -35,8 +35,8 @@ def main() -> None:
         return
     evaluation = evaluate(EvaluateConfig(run=run))
     evaluation.print()
-    names = list(evaluation.bits_per_byte)
-    picture = plot(run, {name: evaluation.bits_per_byte[name] for name in names[1:]})
+    baselines = dict(list(evaluation.values.items())[1:])
+    picture = plot(run, evaluation.task, baselines)
     prompt = "def "
     print(f"a sample (temperature 0.8, after {prompt!r}):\n")
     print("    " + (prompt + "".join(generate(GenerateConfig(run)))).replace("\n", "\n    "))

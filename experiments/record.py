@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.config import LogConfig
 from experiments.errors import ExperimentError
+from experiments.tasks import Task
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -29,12 +29,13 @@ class Record:
     Args:
       run: the run's directory.
       config: how often, and whether TensorBoard too.
+      task: what is trained, which says what is measured.
       steps: length of the run.
       start: steps that are done; later lines of an interrupted run are taken back.
     """
 
-    def __init__(self, run: Path, config: LogConfig, steps: int, start: int = 0):
-        self._run, self._config, self._steps = run, config, steps
+    def __init__(self, run: Path, config: LogConfig, task: Task, steps: int, start: int = 0):
+        self._run, self._config, self._task, self._steps = run, config, task, steps
         self._console = Console(stderr=False)
         self._live = self._console.is_terminal
         try:
@@ -53,7 +54,7 @@ class Record:
             console=self._console,
             disable=not self._live,
         )
-        self._task = self._progress.add_task("train", total=steps, completed=start, text="")
+        self._bar = self._progress.add_task("train", total=steps, completed=start, text="")
         self._clock = time.monotonic()
         self._since = start
         self._started, self._first = self._clock, start
@@ -75,15 +76,15 @@ class Record:
     def step(self, step: int, metrics: dict[str, float], tokens: int) -> None:
         """Takes the metrics of a finished step of so many tokens."""
         if step % self._config.every and step != self._steps:
-            self._progress.update(self._task, completed=step)
+            self._progress.update(self._bar, completed=step)
             return
         now = time.monotonic()
         speed = tokens * (step - self._since) / max(now - self._clock, 1e-9)
         self._clock, self._since = now, step
-        bits = metrics["loss"] / math.log(2)
-        self.write(step, {**metrics, "bits_per_byte": bits, "tokens_per_second": round(speed)})
-        text = f"loss {metrics['loss']:.4f}  {bits:.3f} bits/byte  {speed:,.0f} tokens/s"
-        self._progress.update(self._task, completed=step, text=text)
+        measures = self._task.measures(metrics)
+        self.write(step, {**measures, "tokens_per_second": round(speed)})
+        text = f"{self._task.line(measures)}  {speed:,.0f} tokens/s"
+        self._progress.update(self._bar, completed=step, text=text)
         if not self._live:
             left = (now - self._started) / (step - self._first) * (self._steps - step)
             self.say(f"step {step}/{self._steps}  {text}  left {_duration(left)}")
@@ -126,12 +127,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot(run: Path, baselines: dict[str, float] | None = None) -> Path:
+def plot(run: Path, task: Task, baselines: dict[str, float] | None = None) -> Path:
     """Draws a run's curves into `curves.png` in its directory.
 
     Args:
       run: the run's directory.
-      baselines: bits per byte by name, drawn as horizontal lines.
+      task: what was trained; its measure is drawn.
+      baselines: the measure by name, drawn as horizontal lines.
 
     Returns:
       The picture's path.
@@ -140,25 +142,24 @@ def plot(run: Path, baselines: dict[str, float] | None = None) -> Path:
     from matplotlib.figure import Figure
 
     rows = read_metrics(run)
-    training = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
-    validation = [
-        (row["step"], row["validation_bits_per_byte"])
-        for row in rows
-        if "validation_bits_per_byte" in row
-    ]
+    name = task.metric
+    training = [(row["step"], row[name]) for row in rows if name in row]
+    name = f"validation_{name}"
+    validation = [(row["step"], row[name]) for row in rows if name in row]
     rates = [(row["step"], row["learning_rate"]) for row in rows if "learning_rate" in row]
     figure = Figure(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     if training:
-        steps, bits = np.asarray(training).T
-        above.plot(steps, bits, color="tab:blue", alpha=0.35, linewidth=1)
-        above.plot(steps, _smooth(bits), color="tab:blue", label="training")
+        steps, values = np.asarray(training).T
+        above.plot(steps, values, color="tab:blue", alpha=0.35, linewidth=1)
+        above.plot(steps, _smooth(values), color="tab:blue", label="training")
     if validation:
         above.plot(*np.asarray(validation).T, "o-", color="tab:orange", label="validation")
-    for (name, bits), style in zip((baselines or {}).items(), ("--", "-.", ":") * 9, strict=False):
-        above.axhline(bits, color="gray", linestyle=style, linewidth=1, label=f"{name} (test)")
-    above.set_ylabel("bits per byte")
-    above.set_ylim(0, 8)
+    for (name, value), style in zip((baselines or {}).items(), ("--", "-.", ":") * 9, strict=False):
+        above.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name} (test)")
+    above.set_ylabel(task.metric_label)
+    if task.metric_range:
+        above.set_ylim(*task.metric_range)
     above.grid(alpha=0.3)
     if above.get_legend_handles_labels()[0]:
         above.legend()

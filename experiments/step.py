@@ -1,4 +1,4 @@
-"""The optimiser step and the measurement of a text model, as pure functions for jit."""
+"""The optimiser step and the measurement of a model, as pure functions for jit."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from experiments.config import OptimizerConfig
-from experiments.data.text import targets_and_weights
 from experiments.parallel import BATCH_AXES, shardings
-from models.language import DecoderConfig, DecoderLM
+from experiments.tasks import TASKS, Sums, Task
 
-Batch = dict[str, Int[Array, "B T+1"]]
+Batch = dict[str, Array]
+"""Arrays [B, ...] of a task's data."""
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -74,32 +74,39 @@ class Trainer:
     """The jitted functions of a run, on one mesh.
 
     Args:
-      model: configuration of the model.
+      model: configuration of the task's model.
       optimizer: configuration of the optimiser.
       mesh: the mesh, current while anything here is called (`parallel.use_mesh`).
       steps: length of the run, for the learning rate's schedule.
       seed: seed of the initial parameters.
       accumulate: parts into which each batch is split, one after the other.
+      task: what the model is for.
     """
 
     def __init__(
         self,
-        model: DecoderConfig,
+        model: Any,
         optimizer: OptimizerConfig,
         mesh: Mesh,
         *,
         steps: int,
         seed: int = 0,
         accumulate: int = 1,
+        task: Task = TASKS["text"],
     ):
+        self._task = task
         self._mesh = mesh
         self._accumulate = accumulate
         self._schedule = learning_rate(optimizer, steps)
         self._optimizer = make_optimizer(optimizer, steps)
-        self._graph, _ = nnx.split(nnx.eval_shape(lambda: DecoderLM(model, rngs=nnx.Rngs(seed))))
+
+        def make() -> nnx.Module:
+            return task.make_model(model, nnx.Rngs(seed))
+
+        self._graph, _ = nnx.split(nnx.eval_shape(make))
 
         def initial() -> TrainState:
-            _, parameters = nnx.split(DecoderLM(model, rngs=nnx.Rngs(seed)), nnx.Param)
+            _, parameters = nnx.split(make(), nnx.Param)
             return TrainState(
                 step=jnp.zeros((), jnp.int32),
                 parameters=parameters,
@@ -121,24 +128,20 @@ class Trainer:
         self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, whole))
         """(state, batch) -> (state, metrics); the state's buffers are reused."""
         self.measure = jax.jit(self._measure, out_shardings=(whole, whole))
-        """(parameters, batch) -> (summed loss in nats, number of targets)."""
+        """(parameters, batch) -> (the task's sums by name, number of targets)."""
 
-    def _loss(self, parameters: Any, batch: Batch) -> tuple[Array, Array]:
-        inputs, segments, targets, weights = targets_and_weights(
-            batch["tokens"], batch["segment_ids"]
-        )
-        logits = nnx.merge(self._graph, parameters)(inputs, segment_ids=segments)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return (losses * weights).sum(), weights.sum()
+    def _measure(self, parameters: Any, batch: Batch) -> tuple[Sums, Array]:
+        return self._task.sums(nnx.merge(self._graph, parameters), batch)
 
-    def _measure(self, parameters: Any, batch: Batch) -> tuple[Array, Array]:
-        return self._loss(parameters, batch)
+    def _loss(self, parameters: Any, batch: Batch) -> tuple[Array, tuple[Sums, Array]]:
+        sums, count = self._measure(parameters, batch)
+        return sums["loss"], (sums, count)
 
-    def _gradients(self, parameters: Any, batch: Batch) -> tuple[Array, Any]:
-        """The mean loss over the batch's targets, and its gradient."""
-        value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
+    def _gradients(self, parameters: Any, batch: Batch) -> tuple[Sums, Any]:
+        """The means over the batch's targets, and the gradient of the mean loss."""
+        gradient = jax.grad(self._loss, has_aux=True)
         if self._accumulate == 1:
-            (total, count), gradients = value_and_grad(parameters, batch)
+            gradients, (sums, count) = gradient(parameters, batch)
         else:
             split = NamedSharding(self._mesh, P(None, BATCH_AXES))
 
@@ -148,18 +151,21 @@ class Trainer:
                 x = x.reshape(x.shape[0] // self._accumulate, self._accumulate, *x.shape[1:])
                 return jax.lax.with_sharding_constraint(x.swapaxes(0, 1), split)
 
-            def add(sums: Any, part: Batch) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, sums, value_and_grad(parameters, part)), None
+            def add(total: Any, part: Batch) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, gradient(parameters, part)), None
 
-            zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, parameters))
-            ((total, count), gradients), _ = jax.lax.scan(add, zeros, jax.tree.map(parts, batch))
+            batch = jax.tree.map(parts, batch)
+            part = jax.tree.map(lambda x: x[0], batch)
+            shapes = jax.eval_shape(gradient, parameters, part)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (gradients, (sums, count)), _ = jax.lax.scan(add, zeros, batch)
         count = jnp.maximum(count, 1.0)
-        return total / count, jax.tree.map(lambda g: g / count, gradients)
+        return jax.tree.map(lambda x: x / count, (sums, gradients))
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, gradients = self._gradients(state.parameters, batch)
+        means, gradients = self._gradients(state.parameters, batch)
         norm = optax.tree.norm(gradients)
-        halted = state.halted | ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+        halted = state.halted | ~(jnp.isfinite(means["loss"]) & jnp.isfinite(norm))
         updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.parameters)
         stepped = TrainState(
             step=state.step + 1,
@@ -170,7 +176,7 @@ class Trainer:
         kept = dataclasses.replace(state, halted=halted)
         state = jax.tree.map(lambda old, new: jnp.where(halted, old, new), kept, stepped)
         return state, {
-            "loss": loss,
+            **means,
             "gradient_norm": norm,
             "learning_rate": jnp.asarray(self._schedule(kept.step)),
             "halted": halted.astype(jnp.float32),

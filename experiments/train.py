@@ -1,4 +1,4 @@
-"""Trains a model: `python -m experiments.train text --help`.
+"""Trains a model for a task: `python -m experiments.train text --help`.
 
 One process on one or many devices, or one process on each host of a TPU slice or Slurm job. A run
 is a directory: config.json, metrics.jsonl, checkpoints/, tensorboard/, curves.png.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import signal
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,15 +24,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from experiments import config as configs
-from experiments import parallel
-from experiments.checkpoint import METRIC, Checkpoints
-from experiments.config import TextConfig
-from experiments.data import text
+from experiments import parallel, tasks
+from experiments.checkpoint import Checkpoints
+from experiments.config import RunConfig
 from experiments.errors import USAGE, ExperimentError, run_command
 from experiments.record import Record, plot
 from experiments.step import Trainer, TrainState
-
-TASKS = {"text": "a language model on text, byte by byte"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,26 +47,27 @@ def main() -> None:
     """The command line."""
     arguments = sys.argv[1:]
     task = arguments[0] if arguments else None
-    if task not in TASKS:
-        listing = "\n".join(f"  {name}  {what}" for name, what in TASKS.items())
+    if task not in tasks.TASKS:
+        listing = "\n".join(f"  {name:8}{task.what}" for name, task in tasks.TASKS.items())
         usage = f"usage: python -m experiments.train TASK [OPTIONS]\ntasks:\n{listing}"
         if task in ("-h", "--help"):
             print(usage)
             return
         problem = "no task given" if task is None else f"task: {task!r} is unknown"
         raise ExperimentError(f"{problem}\n{usage}", USAGE)
-    outcome = train(configs.parse(arguments[1:], f"python -m experiments.train {task}"))
+    outcome = train(configs.parse(arguments[1:], f"python -m experiments.train {task}", task))
     if outcome.stopped == "SIGINT":
         sys.exit(130)
 
 
-def train(config: TextConfig) -> Outcome:
+def train(config: RunConfig) -> Outcome:
     """Trains as a configuration says, until its last step or a signal to stop.
 
     Raises:
       ExperimentError: for whatever the user can put right; what was saved before remains.
     """
     _check(config)
+    task = tasks.of(config)
     parallel.start_processes(config.distributed)
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_fit(
@@ -88,16 +86,15 @@ def train(config: TextConfig) -> Outcome:
                 steps=config.steps,
                 seed=config.seed,
                 accumulate=config.accumulate,
+                task=task,
             )
         except (ValueError, TypeError) as error:
             raise ExperimentError(f"model: {error}") from error
         parallel.on_first_process(lambda: _prepare_directory(config))
         try:
-            dataset = text.train_dataset(
-                config.data,
+            dataset = task.train_dataset(
+                config,
                 batch_size=config.batch_size // parts,
-                sequence_length=config.sequence_length,
-                seed=config.seed,
                 process_index=part,
                 process_count=parts,
             )
@@ -106,8 +103,8 @@ def train(config: TextConfig) -> Outcome:
         return _Run(config, trainer, mesh, iter(dataset), part, parts).go()
 
 
-def _check(config: TextConfig) -> None:
-    for name in ("steps", "batch_size", "sequence_length"):
+def _check(config: RunConfig) -> None:
+    for name in ("steps", "batch_size"):
         value = getattr(config, name)
         if value < 1:
             raise ExperimentError(f"{name}: {value}; it must be at least 1")
@@ -115,15 +112,10 @@ def _check(config: TextConfig) -> None:
         value = getattr(config, name).every
         if value < 1:
             raise ExperimentError(f"{name}.every: {value}; it must be at least 1 step")
-    if config.model.vocab_size < text.VOCAB_SIZE:
-        raise ExperimentError(
-            f"model.vocab_size: {config.model.vocab_size} is smaller than the data's vocabulary of "
-            f"{text.VOCAB_SIZE} symbols (256 bytes and the mark of a document's start); set it to "
-            f"{text.VOCAB_SIZE} or more"
-        )
+    tasks.of(config).check(config)
 
 
-def _prepare_directory(config: TextConfig) -> None:
+def _prepare_directory(config: RunConfig) -> None:
     run = config.run_directory
     try:
         if config.resume:
@@ -138,9 +130,8 @@ def _prepare_directory(config: TextConfig) -> None:
                 raise ExperimentError(f"run: {run} is no run (no config.json): not overwritten")
             shutil.rmtree(run)
         run.mkdir(parents=True, exist_ok=True)
-        values = configs.to_json(
-            dataclasses.replace(config, resume=False, overwrite=False, run=None)
-        )
+        plain = dataclasses.replace(config, resume=False, overwrite=False, run=None)
+        values = {"task": configs.task_of(config)} | configs.to_json(plain)
         new = run / "config.json.new"
         new.write_text(json.dumps(values, indent=2) + "\n")
         new.replace(run / "config.json")
@@ -163,7 +154,7 @@ class _Run:
 
     def __init__(
         self,
-        config: TextConfig,
+        config: RunConfig,
         trainer: Trainer,
         mesh: Mesh,
         rows: grain.DatasetIterator,
@@ -171,6 +162,7 @@ class _Run:
         parts: int,
     ):
         self._config, self._trainer, self._mesh, self._rows = config, trainer, mesh, rows
+        self._task = tasks.of(config)
         self._part, self._parts = part, parts
         self._directory = config.run_directory
         self._json = configs.to_json(config)
@@ -186,10 +178,10 @@ class _Run:
             return Outcome(self._directory, start)
         with _StopSignals() as signals:
             if jax.process_index() == 0:
-                self._record = Record(self._directory, self._config.log, steps, start)
+                self._record = Record(self._directory, self._config.log, self._task, steps, start)
                 with self._record:
                     outcome = self._loop(state, start, signals)
-                plot(self._directory)
+                plot(self._directory, self._task)
             else:
                 outcome = self._loop(state, start, signals)
         return outcome
@@ -255,7 +247,7 @@ class _Run:
         if metrics.pop("halted"):
             self._halt(pending, metrics, state)
         if self._record is not None:
-            tokens = self._config.batch_size * self._config.sequence_length
+            tokens, _ = self._task.units(self._config)
             self._record.step(pending.step, metrics, tokens)
 
     def _halt(self, pending: _Pending, metrics: dict[str, float], state: TrainState) -> None:
@@ -265,7 +257,7 @@ class _Run:
         self._checkpoints.close()
         name = f"batch-{pending.step}-part-{self._part}.npz"
         np.savez(self._directory / name, **pending.rows)
-        checksum = zlib.crc32(np.ascontiguousarray(pending.rows["tokens"]).tobytes())
+        checksum = zlib.crc32(b"".join(x.tobytes() for x in pending.rows.values()))
         raise ExperimentError(
             f"step {pending.step}: the loss is {metrics['loss']} and the gradient's norm "
             f"{metrics['gradient_norm']}. The batch is number {pending.step} of seed "
@@ -276,24 +268,21 @@ class _Run:
         )
 
     def _measure(self, step: int, state: TrainState) -> None:
-        self._validation = step, self.bits_per_byte(state.parameters)
+        measures = self.validate(state.parameters)
+        self._validation = step, measures["loss"]
         if self._record is not None:
-            self._record.write(step, {METRIC: self._validation[1]})
-            self._record.say(f"step {step}: validation {self._validation[1]:.4f} bits/byte")
+            named = {f"validation_{name}": value for name, value in measures.items()}
+            self._record.write(step, named)
+            value = measures[self._task.metric]
+            self._record.say(f"step {step}: validation {value:.4f} {self._task.metric_label}")
             self._record.pause()
 
-    def bits_per_byte(self, parameters: Any) -> float:
-        """The loss on the beginning of the validation split."""
+    def validate(self, parameters: Any) -> dict[str, float]:
+        """What the task measures, on its validation data."""
         try:
-            return measure(
-                self._trainer,
-                parameters,
-                self._mesh,
-                self._config,
-                split=self._config.data.validation_split,
-                max_bytes=self._config.log.evaluate_bytes,
-                part=(self._part, self._parts),
-            )[0]
+            batches = self._task.evaluation_batches(self._config, "validation")
+            part = self._part, self._parts
+            return measure(self._trainer, parameters, self._mesh, self._task, batches, part)[0]
         except (ValueError, OSError) as error:
             raise ExperimentError(f"data: {error}") from error
 
@@ -310,10 +299,11 @@ class _Run:
     def _introduce(self, state: TrainState, start: int) -> None:
         count = sum(x.size for x in jax.tree.leaves(state.parameters))
         config, shape = self._config, dict(self._mesh.shape)
+        _, units = self._task.units(config)
         self._say(
-            f"{config.model.mechanism}: {count:,} parameters, {config.steps - start} steps of "
-            f"{config.batch_size} x {config.sequence_length} bytes of {config.data.name}, on "
-            f"{self._mesh.size} {jax.default_backend()} device(s) {shape}, into {self._directory}"
+            f"{name_of(config.model)}: {count:,} parameters, {config.steps - start} steps of "
+            f"{units}, on {self._mesh.size} {jax.default_backend()} device(s) {shape}, into "
+            f"{self._directory}"
         )
 
     def _say(self, text: str) -> None:
@@ -321,34 +311,43 @@ class _Run:
             print(text, flush=True) if self._record is None else self._record.say(text)
 
 
+def name_of(model: Any) -> str:
+    """The mechanisms of a model's configuration, in words."""
+    return ", ".join(dict.fromkeys(model.mixers))
+
+
 def measure(
     trainer: Trainer,
     parameters: Any,
     mesh: Mesh,
-    config: TextConfig,
-    *,
-    split: str,
-    max_bytes: int | None,
+    task: tasks.Task,
+    batches: Iterator[dict[str, np.ndarray]],
     part: tuple[int, int] = (0, 1),
-) -> tuple[float, int]:
-    """Bits per byte of a model on a split of its data, and how many bytes were counted."""
+) -> tuple[dict[str, float], int]:
+    """What a task measures of a model on some batches, and how many targets were counted.
+
+    Args:
+      trainer: of the model.
+      parameters: its parameters.
+      mesh: where they lie.
+      task: what the model is for.
+      batches: whole batches, the same in every process.
+      part: which part of their rows this process measures, and of how many.
+    """
     index, count = part
-    local = config.batch_size // count
-    sums = []
-    for rows in text.evaluation_batches(
-        config.data,
-        split,
-        batch_size=config.batch_size,
-        sequence_length=config.sequence_length,
-        max_bytes=max_bytes,
-    ):
-        mine = {
-            name: rows[name][index * local : (index + 1) * local]
-            for name in ("tokens", "segment_ids")
-        }
-        sums.append(trainer.measure(parameters, parallel.global_batch(mine, mesh)))
-    total, weight = np.asarray(jax.device_get(sums), np.float64).sum(0)
-    return float(total / weight / math.log(2)), round(weight)
+    total: dict[str, float] = {}
+    found = []
+    for rows in batches:
+        local = len(next(iter(rows.values()))) // count
+        mine = {name: x[index * local : (index + 1) * local] for name, x in rows.items()}
+        found.append(trainer.measure(parameters, parallel.global_batch(mine, mesh)))
+    weight = 0.0
+    for sums, targets in jax.device_get(found):
+        weight += float(targets)
+        for name, value in sums.items():
+            total[name] = total.get(name, 0.0) + float(value)
+    means = {name: value / weight for name, value in total.items()}
+    return task.measures(means), round(weight)
 
 
 class _StopSignals:
