@@ -93,12 +93,16 @@ def unsupported(record: Mechanism) -> dict[str, str | None]:
         absent = "this mechanism has none"
         return {n: None if n in record.implementations else absent for n in IMPLEMENTATIONS}
     reasons: dict[str, str | None] = {}
-    tokens = jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.float32)
-    query = jax.ShapeDtypeStruct((1, 1, 2, 8), jnp.float32) if record.one_query else tokens
+    if record.arguments:
+        arrays = tuple(record.example_arguments(1, 16).values())
+    else:
+        tokens = jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.float32)
+        query = jax.ShapeDtypeStruct((1, 1, 2, 8), jnp.float32) if record.one_query else tokens
+        arrays = query, tokens, tokens
     for name in IMPLEMENTATIONS:
         try:
             call = functools.partial(record.function, implementation=name)
-            jax.eval_shape(call, query, tokens, tokens)
+            jax.eval_shape(call, *arrays)
             reasons[name] = None
         except NotImplementedError as error:
             reasons[name] = str(error).rpartition("this call: ")[2]

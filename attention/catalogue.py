@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+import numpy as np
+from jax.typing import DTypeLike
+
 from pallas_kernels.choose import IMPLEMENTATIONS
 
 Family = Literal["dense", "linear", "sparse", "cache", "heads", "cross", "reduce", "parallel"]
@@ -60,6 +63,12 @@ class Mechanism:
     """Whether there is one query for all tokens, [B or 1, 1, N, H], which a layer learns."""
     function: Callable
     """The mechanism, `function(query, key, value, ...)`; its name is the slug."""
+    arguments: Callable[..., Mapping[str, Any]] | None = None
+    """Of a mechanism that takes other arrays than query, key and value: arrays to call it with,
+    `arguments(rng, batch, tokens, dtype, ...)`, by name and in order. The first is the sequence of
+    tokens, [B, T, D], as its output is; others of three dimensions or more begin with [B, T] too.
+    What follows are sizes with defaults; `init_state` takes those of them that it needs, between
+    `max_length` and `dtype`. None for query, key and value."""
     step: Callable | None = None
     """Recurrent form `<slug>_step(state, query, key, value, ...) -> (output, state)`."""
     init_state: Callable | None = None
@@ -97,6 +106,7 @@ class Mechanism:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{self.slug}: {name}: {getattr(self, name)!r} must be a bool")
         self._check_function("function", self.slug)
+        self._check_arguments()
         if (self.step is None) != (self.init_state is None):
             raise ValueError(f"{self.slug}: step and init_state: give both or neither")
         if self.step is not None:
@@ -127,6 +137,29 @@ class Mechanism:
             raise TypeError(f"{self.slug}: {field}: {value!r} is not a function")
         if value.__name__ != name:
             raise ValueError(f"{self.slug}: {field}: {value.__name__!r} must be named {name!r}")
+
+    def _check_arguments(self) -> None:
+        if self.arguments is None:
+            return
+        if not callable(self.arguments):
+            raise TypeError(f"{self.slug}: arguments: {self.arguments!r} is not a function")
+        given, inputs = tuple(self.example_arguments(1, 2)), self.inputs
+        if given != inputs:
+            raise ValueError(f"{self.slug}: arguments: {given} must be those of a call, {inputs}")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the arrays that the function is called with, in order."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return tuple(
+            p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty
+        )
+
+    def example_arguments(
+        self, batch: int, tokens: int, dtype: DTypeLike = np.float32, seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        """Random arrays to call the function with, where it takes no query, key and value."""
+        return dict(self.arguments(np.random.default_rng(seed), batch, tokens, dtype))
 
     @property
     def options(self) -> tuple[str, ...]:

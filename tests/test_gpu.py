@@ -30,11 +30,11 @@ def _call(record, implementation):
     """Returns a function of arrays to results and gradients."""
 
     @jax.jit
-    def run(query, key, value, segment_ids, cotangent):
+    def run(segment_ids, cotangent, *arrays):
         call = functools.partial(_causal(record), implementation=implementation)
         if record.takes_segments:
             call = functools.partial(call, segment_ids=segment_ids)
-        out, vjp = jax.vjp(call, query, key, value)
+        out, vjp = jax.vjp(call, *arrays)
         return out, vjp(cotangent)
 
     return run
@@ -42,13 +42,26 @@ def _call(record, implementation):
 
 def _arrays(record, dtype):
     rng = np.random.default_rng(0)
+    ids = np.sort(rng.integers(0, 3, (BATCH, TOKENS)), axis=1)
+    if record.arguments:
+        arrays = record.example_arguments(BATCH, TOKENS, dtype).values()
+        cotangent = rng.normal(size=next(iter(arrays)).shape).astype(dtype)
+        return ids, cotangent, *arrays
     query, key, value, cotangent = (
         np.asarray(rng.normal(size=(BATCH, TOKENS, n, WIDTH)), dtype)
         for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)
     )
     query = query[:, :1] if record.one_query else query
-    ids = np.sort(rng.integers(0, 3, (BATCH, TOKENS)), axis=1)
-    return query, key, value, ids, cotangent
+    return ids, cotangent, query, key, value
+
+
+def _first_state(record):
+    sizes = (HEADS, KV_HEADS, WIDTH, WIDTH)
+    if record.arguments:
+        known = inspect.signature(record.arguments).parameters
+        names = list(inspect.signature(record.init_state).parameters)
+        sizes = [known[name].default for name in names[2 : names.index("dtype")]]
+    return record.init_state(BATCH, TOKENS, *sizes, jnp.float32)
 
 
 @each_record
@@ -76,16 +89,16 @@ def test_a_second_call_gives_the_same_bits(record):
 def test_steps_on_a_gpu_are_one_pass(record):
     if record.step is None:
         pytest.skip("has no step form")
-    query, key, value, _, _ = _arrays(record, jnp.float32)
+    _, _, *arrays = _arrays(record, jnp.float32)
     with jax.default_matmul_precision("highest"):
         step = jax.jit(record.step)
-        state = record.init_state(BATCH, TOKENS, HEADS, KV_HEADS, WIDTH, WIDTH, jnp.float32)
+        state = _first_state(record)
         parts, start = [], 0
         for count in (TOKENS - 2, 1, 1):
             here = slice(start, start + count)
-            new = query if record.one_query else query[:, here]
-            part, state = step(state, new, key[:, here], value[:, here])
+            new = (x[:, here] if x.ndim > 2 and x.shape[1] == TOKENS else x for x in arrays)
+            part, state = step(state, *new)
             parts.append(part)
             start += count
-        expected = _causal(record)(query, key, value)
+        expected = _causal(record)(*arrays)
     assert_close(np.concatenate(parts, axis=1), expected)

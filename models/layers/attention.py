@@ -60,7 +60,8 @@ class AttentionLayer(nnx.Module):
         for N.
       head_dim: H; None for D / N.
       value_dim: V; None for H.
-      mechanism: slug of a mechanism of the catalogue that does self-attention and has no weights.
+      mechanism: slug of a mechanism of the catalogue that does self-attention of queries, keys and
+        values and has no weights.
       is_causal: whether a token sees only itself and those before it; True by default.
       options: keyword arguments for the mechanism, such as `slopes`, `scale`, `logits_soft_cap` or
         `implementation`. They are static, so they must be hashable (lists become tuples); arrays go
@@ -79,8 +80,9 @@ class AttentionLayer(nnx.Module):
       rngs: the initialisers draw from its `params` stream.
 
     Raises:
-      ValueError: the mechanism is unknown, has weights of its own or does not support `is_causal`;
-        an option is not one of the mechanism's; heads do not divide; a choice is unknown.
+      ValueError: the mechanism is unknown, has weights of its own, takes other arrays than queries,
+        keys and values or does not support `is_causal`; an option is not one of the mechanism's;
+        heads do not divide; a choice is unknown.
       TypeError: a size is not an integer or an option is not hashable.
     """
 
@@ -123,8 +125,8 @@ class AttentionLayer(nnx.Module):
         check_choice("output_norm", output_norm, (None, *get_args(NormKind)))
         record = catalogue.get(mechanism)
         _check_mechanism(record, is_causal, positions)
-        options = {name: _static(name, value) for name, value in (options or {}).items()}
-        _check_options(record.function, options)
+        options = static_options(options)
+        check_options(record.function, dict(options))
 
         self.features = features
         self.num_heads = num_heads
@@ -133,7 +135,7 @@ class AttentionLayer(nnx.Module):
         self.value_dim = value_dim
         self.mechanism = mechanism
         self.is_causal = is_causal
-        self.options = tuple(sorted(options.items()))
+        self.options = options
         self.query_key_activation = query_key_activation
         self.positions = positions
         self.rope_base = rope_base
@@ -186,7 +188,7 @@ class AttentionLayer(nnx.Module):
         """
         self._check_input(x)
         record = self._record
-        _check_options(record.function, options or {})
+        check_options(record.function, options or {})
         keywords = self._keywords | dict(options or {})
         if _BOTH <= record.patterns:
             keywords["is_causal"] = self.is_causal
@@ -257,7 +259,7 @@ class AttentionLayer(nnx.Module):
             raise ValueError("is_causal: False, but only a causal layer has a step form")
         if record.step is None:
             raise ValueError(f"mechanism: {self.mechanism!r} has no step form")
-        _check_options(record.step, dict(self.options))
+        check_options(record.step, dict(self.options))
         return record
 
     def _check_input(self, x: Array) -> None:
@@ -317,6 +319,11 @@ def _check_mechanism(
         raise ValueError(
             f"positions: {positions!r}, but the query of {record.slug} has no position"
         )
+    if record.arguments:
+        raise ValueError(
+            f"mechanism: {record.slug!r} takes {', '.join(record.inputs)}, not the queries, keys "
+            "and values of this layer"
+        )
     if record.has_weights:
         raise ValueError(
             f"mechanism: {record.slug!r} has weights of its own, which this layer does not hold"
@@ -329,16 +336,37 @@ def _check_mechanism(
         )
 
 
-def _check_options(function: Callable, options: Mapping[str, Any]) -> None:
-    known = [name for name in inspect.signature(function).parameters if name not in _RESERVED]
+def check_options(
+    function: Callable, options: Mapping[str, Any], reserved: frozenset[str] = _RESERVED
+) -> None:
+    """Checks options that a layer was given for a mechanism's function or step.
+
+    Args:
+      function: of the mechanism.
+      options: by name.
+      reserved: names that the layer sets itself.
+
+    Raises:
+      ValueError: one is not free, or not one of the function's.
+    """
+    known = [name for name in inspect.signature(function).parameters if name not in reserved]
     for name in options:
-        if name in _RESERVED:
+        if name in reserved:
             raise ValueError(f"options: {name!r} is not free: the layer sets it")
         if name not in known:
             raise ValueError(
                 f"options: {name!r} is not an option of {function.__name__}, which has "
                 f"{', '.join(known)}"
             )
+
+
+def static_options(options: Mapping[str, Any] | None) -> tuple[tuple[str, Hashable], ...]:
+    """Options of a layer, sorted, as a static part of it.
+
+    Raises:
+      TypeError: one is not hashable.
+    """
+    return tuple((name, _static(name, x)) for name, x in sorted((options or {}).items()))
 
 
 def _static(name: str, value: Any) -> Hashable:

@@ -45,15 +45,36 @@ def inputs(tokens=TOKENS, keys=None, dtype=jnp.float32):
 
 
 def inputs_of(record, **sizes):
-    """Returns inputs; of one query for all tokens where the mechanism takes one."""
+    """Returns inputs: of one query for all tokens, or other arrays, where it takes such."""
+    if record.arguments:
+        return other_inputs(record, **sizes)
     query, key, value = inputs(**sizes)
     return [query[:, :1] if record.one_query else query, key, value]
 
 
+def other_inputs(record, tokens=TOKENS, keys=None, dtype=jnp.float32):
+    """Returns inputs of a mechanism that takes no query, key and value."""
+    first, others = (
+        list(record.example_arguments(BATCH, n, dtype).values()) for n in (tokens, keys or tokens)
+    )
+    return [first[0], *others[1:]]
+
+
+def of_tokens(record, arrays):
+    """Returns which of the arrays hold something of each token."""
+    if record.arguments:
+        return [x.ndim > 2 for x in arrays]
+    return [not record.one_query, True, True]
+
+
+def output_shape(record, arrays):
+    return arrays[0].shape if record.arguments else (BATCH, TOKENS, HEADS, WIDTH)
+
+
 def tokens_of(record, arrays, tokens):
     """Returns a slice of the tokens; a query for all tokens stays as it is."""
-    query, key, value = arrays
-    return [query if record.one_query else query[:, tokens], key[:, tokens], value[:, tokens]]
+    varies = of_tokens(record, arrays)
+    return [x[:, tokens] if v else x for x, v in zip(arrays, varies, strict=True)]
 
 
 def parameters(record):
@@ -84,9 +105,10 @@ def changed_tokens(record, arrays, token, which, **keywords):
     function = compiled(record, **keywords)
     changed = [x.copy() for x in arrays]
     for i in which:
-        changed[i][:, token : token + 1] += 1  # nothing, of a query for all tokens
+        if of_tokens(record, arrays)[i]:
+            changed[i][:, token : token + 1] += 1
     before, after = (np.asarray(function(*x)) for x in (arrays, changed))
-    return np.any(before != after, axis=(0, 2, 3))
+    return np.any(before != after, axis=(0, *range(2, before.ndim)))
 
 
 @each_record
@@ -112,8 +134,8 @@ def test_has_oracle_and_test(record):
 @each_record
 def test_uniform_keywords(record):
     taken = parameters(record)
-    first = list(taken.values())[:3]
-    assert [p.name for p in first] == ["query", "key", "value"]
+    first = list(taken.values())[: len(record.inputs)]
+    assert record.arguments or record.inputs == ("query", "key", "value")
     assert all(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in first)
     assert taken["implementation"].kind is inspect.Parameter.KEYWORD_ONLY
     own = {p for p in record.patterns if p.startswith("self")}
@@ -122,10 +144,22 @@ def test_uniform_keywords(record):
     assert ("params" in taken) == record.has_weights
     if record.step:
         assert next(iter(inspect.signature(record.step).parameters)) == "state"
-        names = "batch max_length num_heads num_kv_heads head_dim value_dim dtype"
+        names = [*state_sizes(record), "dtype"]
         taken = inspect.signature(record.init_state).parameters
-        assert list(taken)[:7] == names.split()
-        assert all(p.kind is p.KEYWORD_ONLY for p in list(taken.values())[7:])
+        assert list(taken)[: len(names)] == names
+        assert all(p.kind is p.KEYWORD_ONLY for p in list(taken.values())[len(names) :])
+
+
+def state_sizes(record):
+    """Returns the sizes that a state is made of, by name and in order."""
+    sizes = dict(batch=BATCH, max_length=TOKENS)
+    if not record.arguments:
+        return sizes | dict(
+            num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=FEATURES, value_dim=WIDTH
+        )
+    known = inspect.signature(record.arguments).parameters
+    names = list(inspect.signature(record.init_state).parameters)
+    return sizes | {name: known[name].default for name in names[2 : names.index("dtype")]}
 
 
 @quick
@@ -143,18 +177,19 @@ def test_patterns(record, pattern):
     if pattern not in record.patterns:
         if record.one_query:
             return  # it is cross-attention by nature, and causal
-        with pytest.raises(ValueError, match="key"):
+        with pytest.raises(ValueError, match=record.inputs[1]):
             call(record, **keywords)(*arrays)
         return
     out = jax.eval_shape(call(record, **keywords), *arrays)
-    assert out.shape == (BATCH, TOKENS, HEADS, WIDTH)
-    which = (2,) if causal and record.selects_ahead else (0, 1, 2)
+    assert out.shape == output_shape(record, arrays)
+    every = range(len(arrays))
+    which = (2,) if causal and record.selects_ahead else every
     for token in (1, TOKENS - 1):
         differs = changed_tokens(record, arrays, token, which, **keywords)
         assert differs[token]
         assert differs[:token].any() == (not causal)
     if kind == "cross":
-        beyond = changed_tokens(record, arrays, TOKENS + 2, (1, 2), **keywords)
+        beyond = changed_tokens(record, arrays, TOKENS + 2, every[1:], **keywords)
         assert beyond.any() == (not causal)
 
 
@@ -162,6 +197,7 @@ def test_patterns(record, pattern):
 @each_record
 def test_implementations(record):
     arrays = inputs_of(record)
+    every = tuple(range(len(arrays)))
     runnable = [name for name in record.implementations if not name.startswith("pallas")]
     assert "reference" in runnable
     cases = {causal: options(record, causal) for causal in (True, False)}
@@ -175,7 +211,7 @@ def test_implementations(record):
         def everything(*arrays, loss=loss, keywords=keywords):
             """One program compiles sooner than one for each implementation."""
             chosen, reference = (
-                jax.grad(functools.partial(loss, name, keywords), argnums=(0, 1, 2), has_aux=True)(
+                jax.grad(functools.partial(loss, name, keywords), argnums=every, has_aux=True)(
                     *arrays
                 )
                 for name in (None, "reference")
@@ -237,17 +273,17 @@ def test_low_precision(record, dtype):
 )  # fmt: skip
 def test_steps_are_one_pass(record):
     arrays, prompt = inputs_of(record), 5
+    varies = of_tokens(record, arrays)
     expected = compiled(record, **options(record, causal=True))(*arrays)
-    sizes = (BATCH, TOKENS, HEADS, KV_HEADS, FEATURES, WIDTH)
     own = {n: x for n, x in record.small.items() if accepts(record.init_state, n)}
     step = functools.partial(record.step, **record.small)
 
     def one(arrays, state, token):
-        here = [jax.lax.dynamic_slice_in_dim(x, token, 1, axis=1) for x in arrays[1:]]
-        query = arrays[0]
-        if not record.one_query:
-            query = jax.lax.dynamic_slice_in_dim(query, token, 1, axis=1)
-        out, state = step(state, query, *here)
+        here = [
+            jax.lax.dynamic_slice_in_dim(x, token, 1, axis=1) if v else x
+            for x, v in zip(arrays, varies, strict=True)
+        ]
+        out, state = step(state, *here)
         return state, out[:, 0]
 
     @jax.jit
@@ -256,7 +292,7 @@ def test_steps_are_one_pass(record):
         _, outs = jax.lax.scan(functools.partial(one, arrays), after, jnp.arange(prompt, TOKENS))
         return jnp.concatenate((out, jnp.moveaxis(outs, 0, 1)), axis=1), after
 
-    state = record.init_state(*sizes, jnp.float32, **own)
+    state = record.init_state(*state_sizes(record).values(), jnp.float32, **own)
     out, after = prompt_and_steps(state, *arrays)
     shapes, shapes_after = (jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (state, after))
     assert shapes_after == shapes
@@ -280,9 +316,14 @@ def test_memory(record):
         return jnp.sum(jnp.sin(function(*arrays)))
 
     def temporary(tokens):
-        x = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)
-        query = jax.ShapeDtypeStruct((1, 1, 2, 16), jnp.float32) if record.one_query else x
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, x, x).compile()
+        if record.arguments:
+            arrays = tuple(record.example_arguments(1, tokens).values())
+        else:
+            x = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)
+            query = jax.ShapeDtypeStruct((1, 1, 2, 16), jnp.float32) if record.one_query else x
+            arrays = query, x, x
+        every = tuple(range(len(arrays)))
+        compiled = jax.jit(jax.grad(loss, argnums=every)).lower(*arrays).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(32768) <= (1.1 * 2 ** degree(record.memory)) ** 2 * temporary(8192)
@@ -430,6 +471,11 @@ def init_some_mechanism():
     """Does nothing."""
 
 
+def some_arguments(rng, batch, tokens, dtype):
+    """Returns an array that some mechanism does not take."""
+    return {"x": rng.standard_normal((batch, tokens, 1)).astype(dtype)}
+
+
 VALID = dict(
     slug="some_mechanism",
     title="A Paper",
@@ -464,6 +510,12 @@ VALID = dict(
         (dict(small={"size": 3}), ValueError, "small: 'size' is not an option"),
         (dict(function=None), TypeError, "function: None"),
         (dict(function=some_mechanism_step), ValueError, "function: .*must be named"),
+        (dict(arguments="x"), TypeError, "arguments: 'x' is not a function"),
+        (
+            dict(arguments=some_arguments),
+            ValueError,
+            r"arguments: \('x',\) must be those of a call",
+        ),
         (dict(step=some_mechanism_step), ValueError, "step and init_state"),
         (
             dict(step=some_mechanism, init_state=init_some_mechanism_state),

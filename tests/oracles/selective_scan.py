@@ -4,12 +4,13 @@ import numpy as np
 
 
 def selective_scan(
-    x, delta, A, B, C, D=None, bias=None, softplus=True, segment_ids=None, initial=None
+    x, delta, A, B, C, D=None, bias=None, softplus=True, segment_ids=None, initial=None, z=None
 ):
     """Returns output [B, T, D] and last state [B, N, D]; B and C are [B, T, N] or [B, T, G, N].
 
     y_t = sum_{j<=t} sum_n C_tn exp(A_n sum_{j<i<=t} delta_i) B_jn delta_j x_j + D x_t, over the j
     from which the segment id has not changed until t; the step is softplus(delta + bias).
+    A gate z multiplies y by silu(z).
     """
     x, delta, A, B, C = (np.asarray(a, np.float64) for a in (x, delta, A, B, C))
     batch, tokens, channels = x.shape
@@ -29,5 +30,7 @@ def selective_scan(
                 hidden += np.exp(A[d] * passed) * np.asarray(initial, np.float64)[b, :, d]
         out[b, t, d] = C[b, t][group] @ hidden
         out[b, t, d] += 0.0 if D is None else np.float64(D[d]) * x[b, t, d]
+        if z is not None:
+            out[b, t, d] *= np.float64(z[b, t, d]) / (1 + np.exp(-np.float64(z[b, t, d])))
         last[b, :, d] = hidden
     return out, last

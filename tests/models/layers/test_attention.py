@@ -305,6 +305,8 @@ def test_mechanisms_that_do_not_fit_are_refused(monkeypatch):
         ValueError, match=r"'lightning_attention' does not support is_causal=False; .*self causal"
     ):
         make(GLA, is_causal=False)
+    with pytest.raises(ValueError, match="'selective_scan' takes x, delta, A, B, C, not the quer"):
+        make({"mechanism": "selective_scan"})
     with_record(monkeypatch, patterns=frozenset({"self non-causal"}))
     with pytest.raises(
         ValueError, match=r"'softmax_attention' does not support is_causal=True; .*self non-causal"
