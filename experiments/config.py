@@ -204,7 +204,7 @@ def _text_presets() -> dict[str, TextConfig]:
 
 
 def _mqar_presets() -> dict[str, MqarConfig]:
-    model = transformer(vocab_size=256, num_layers=2, num_heads=2, features=64)
+    model = transformer(vocab_size=256, num_layers=3, num_heads=2, features=64)
     data = MqarDataConfig(vocab_size=256, length=64, pairs=8)
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=100)
     log = LogConfig(every=50, evaluate_every=250)

@@ -278,9 +278,10 @@ def _mixer(
         if option not in known or option in shared:
             free = ", ".join(known.keys() - {"features", *shared})
             raise ValueError(f"options: {option!r} is not an option of {name}, which has {free}")
-    for option in ("num_heads", "implementation"):
-        if option in known:
-            options.setdefault(option, getattr(config, option))
+    if "num_heads" in known:
+        options.setdefault("num_heads", config.num_heads)
+    if "options" in known and config.implementation is not None:
+        options.setdefault("options", {"implementation": config.implementation})
     return MIXERS[name](config.features, **options, **shared)
 
 

@@ -1,13 +1,17 @@
-"""Layers: attention with any mechanism of the catalogue, Mamba, normalisation, feed-forward."""
+"""Layers: attention with any mechanism of the catalogue, other mixers, norms, feed-forward."""
 
 from models.layers.attention import AttentionLayer
+from models.layers.base_conv import BaseConv
 from models.layers.convolution import CausalDepthwiseConv
 from models.layers.feed_forward import FeedForward
 from models.layers.mamba import MambaBlock
+from models.layers.mixers import MIXERS
 from models.layers.norm import RMSNorm, SRMSNorm
 
 __all__ = [
+    "MIXERS",
     "AttentionLayer",
+    "BaseConv",
     "CausalDepthwiseConv",
     "FeedForward",
     "MambaBlock",

@@ -6,6 +6,13 @@ Each is a module made by `Mixer(features, *, ..., dtype, out_kernel_init, rngs)`
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from flax import nnx
 
-MIXERS: dict[str, type[nnx.Module]] = {}
+from models.layers.base_conv import BaseConv
+from models.layers.mamba import MambaBlock
+
+MIXERS: MappingProxyType[str, type[nnx.Module]] = MappingProxyType(
+    {"base_conv": BaseConv, "mamba": MambaBlock}
+)
