@@ -408,6 +408,24 @@ class DecoderLM(nnx.Module):
             x = self._apply(list(blocks), x, segment_ids)
         return self._logits(x)
 
+    def heads(self, tokens: Int[Array, "B T"]) -> list[tuple[Array, Array, Array]]:
+        """Queries, keys and values of every attention layer, as its mechanism is given them.
+
+        Args:
+          tokens: ids in [0, vocab_size).
+
+        Raises:
+          ValueError: tokens are not [batch, tokens].
+          TypeError: tokens are not integers.
+        """
+        _check_tokens(tokens)
+        x, found = self._embed(tokens), []
+        for block in self.layers:
+            if isinstance(block.attention, AttentionLayer):
+                found.append(block.attention.heads(block.attention_norm(x)))
+            x = block(x)
+        return found
+
     def init_state(self, batch: int, max_length: int) -> DecoderState:
         """The state before the first token.
 

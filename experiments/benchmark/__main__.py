@@ -9,12 +9,14 @@ import sys
 import tyro
 
 from experiments.benchmark import linear, tiled
+from experiments.benchmark.mechanisms import MechanismsConfig
 from experiments.benchmark.table import Report, show
 from experiments.errors import USAGE, ExperimentError, run_command
 
 FAMILIES = {
     "tiled": ("online-softmax attention over tiles", tiled.REPORTS),
     "linear": ("linear attention and scans", linear.REPORTS),
+    "mechanisms": ("growth of every mechanism of the catalogue with the length", MechanismsConfig),
 }
 
 
@@ -24,16 +26,18 @@ def main() -> None:
     family = arguments[0] if arguments else None
     if family not in FAMILIES:
         listing = "\n".join(f"  {name}  {what}" for name, (what, _) in FAMILIES.items())
-        usage = (
-            f"usage: python -m experiments.benchmark KERNELS REPORT [OPTIONS]\nkernels:\n{listing}"
-        )
+        usage = "usage: python -m experiments.benchmark KERNELS [REPORT] [OPTIONS]"
+        usage += f"\nkernels:\n{listing}"
         if family in ("-h", "--help"):
             print(usage)
             return
         problem = "no kernels given" if family is None else f"kernels: {family!r} is unknown"
         raise ExperimentError(f"{problem}\n{usage}", USAGE)
-    config = tyro.extras.subcommand_cli_from_dict(
-        FAMILIES[family][1],
+    reports = FAMILIES[family][1]
+    # One report needs no name.
+    read = tyro.extras.subcommand_cli_from_dict if isinstance(reports, dict) else tyro.cli
+    config = read(
+        reports,
         prog=f"python -m experiments.benchmark {family}",
         description=__doc__,
         args=arguments[1:],

@@ -196,7 +196,7 @@ class AttentionLayer(nnx.Module):
             if not record.takes_segments:
                 raise ValueError(f"segment_ids: {self.mechanism} takes no packed documents")
             keywords["segment_ids"] = segment_ids
-        query, key, value = self._heads(x, positions)
+        query, key, value = self.heads(x, positions)
         out = record.function(query, key, value, **keywords)
         return self._project_out(x, out)
 
@@ -237,7 +237,7 @@ class AttentionLayer(nnx.Module):
         self._check_input(x)
         record = self._step_record()
         positions = position + jnp.arange(x.shape[1])
-        query, key, value = self._heads(x, None if self.positions is None else positions)
+        query, key, value = self.heads(x, None if self.positions is None else positions)
         out, state = record.step(state, query, key, value, **self._keywords)
         return self._project_out(x, out), state
 
@@ -266,8 +266,16 @@ class AttentionLayer(nnx.Module):
         if x.ndim != 3 or x.shape[-1] != self.features:
             raise ValueError(f"x: shape {x.shape} must be [batch, tokens, {self.features}]")
 
-    def _heads(self, x: Array, positions: Array | None) -> tuple[Array, Array, Array]:
-        """Queries, keys and values, with everything that is done to them before the mechanism."""
+    def heads(self, x: Array, positions: Array | None = None) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of inputs, as the mechanism is given them.
+
+        Args:
+          x: the inputs.
+          positions: position of every token; None for 0..T-1.
+
+        Raises:
+          ValueError: positions are given to a layer that has none.
+        """
         if positions is not None and self.positions is None:
             raise ValueError("positions: this layer has no positions to apply them to")
         query = self.query(self.query_token[...][None, None] if self._record.one_query else x)
