@@ -28,6 +28,12 @@ With c the log-sum-exp of scores s, the scores s + b make a softmax times exp(b)
 softmax. With c the logarithm of the mean of a row's weights, an offset of 1 keeps what is above the
 mean.
 
+With a group size, keys come in groups of as many, the last of each its landmark (Mohtashami and
+Jaggi 2023). Groups compete by the scores of their landmarks, and the other keys of a group share
+what it gets: for key j of a group g with landmark l, s_il + s_ij - log sum_{m in g - {l}} exp(s_im)
+takes the place of s_ij, and -inf that of s_il. A group is not there if its landmark is masked, or
+all its others are.
+
 A row whose sum is 0, such as that of a query that is allowed no key, has o = 0 and lse = -inf; with
 a sink lse is the sink. The sums are computed a tile of keys at a time; a softmax online, relative
 to the maximum so far (Rabe and Staats 2021), if no bound on the scores makes that needless. The
@@ -50,7 +56,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import choose, partition
 from pallas_kernels.checks import check_arrays
-from pallas_kernels.masks import Mask, Shape, as_bound
+from pallas_kernels.masks import Blocks, Mask, Shape, as_bound, parts
 from pallas_kernels.tiled import reference, tpu, xla
 from pallas_kernels.tiled.inputs import WEIGHTS, Inputs, Options
 from pallas_kernels.tiled.merge import merge_partials
@@ -97,6 +103,7 @@ def tiled_attention(
     sink: Float[ArrayLike, "N"] | Float[ArrayLike, "B|1 T|1 N"] | None = None,
     row_statistic: Float[ArrayLike, "N"] | Float[ArrayLike, "B|1 T|1 N"] | None = None,
     reweight: tuple[float, float] | None = None,
+    group_size: int | None = None,
     mask: Mask | None = None,
     query_offset: int | Int[ArrayLike, ""] | Int[ArrayLike, "B"] = 0,
     return_lse: bool = False,
@@ -144,6 +151,8 @@ def tiled_attention(
       reweight: (power, offset), power > 0 and offset >= 0, of the weights that the row statistic
         divides; None to leave them. A row is empty, with an output of 0, if no weight is above the
         offset by 1e-5.
+      group_size: number of keys in a group whose last one is a landmark, of a softmax without row
+        statistic; it divides S and the blocks of a list. None for keys that compete singly.
       mask: which query may attend to which key; None for all.
       query_offset: position of query 0 among the keys, for `alibi_slopes` and `relative_bias`. A
         mask has its own.
@@ -176,6 +185,7 @@ def tiled_attention(
         sink=sink,
         row_statistic=row_statistic,
         reweight=reweight,
+        group_size=group_size,
         mask=mask,
         query_offset=query_offset,
         implementation=implementation,
@@ -255,6 +265,7 @@ def _prepared(
     sink: ArrayLike | None = None,
     row_statistic: ArrayLike | None = None,
     reweight: tuple[float, float] | None = None,
+    group_size: int | None = None,
     mask: Mask | None = None,
     query_offset: Any = 0,
     implementation: str | None = None,
@@ -317,6 +328,8 @@ def _prepared(
         if not isinstance(mask, Mask):
             raise TypeError(f"mask: must be a mask of the algebra; got {type(mask).__name__}")
         mask = mask.resolve(Shape(queries, keys, batch, heads, kv_heads))
+    if group_size is not None:
+        _check_groups(group_size, keys, mask, softmax and row_statistic is None)
 
     no_terms = all(term is None for term in (bias, slopes, table, sink))
     if logits_bound is None and logits_soft_cap is not None and no_terms:
@@ -330,6 +343,7 @@ def _prepared(
         normalise=normalise,
         reweight=_checked_reweight(reweight),
         logit_bias=float(logit_bias),
+        group_size=group_size,
         bounded=bounded,
         axes=partition.current_axes(),
         tile_q=tile_q,
@@ -558,6 +572,20 @@ def _checked_reweight(reweight: tuple[float, float] | None) -> tuple[float, floa
             f"{reweight!r}"
         )
     return float(pair[0]), float(pair[1])
+
+
+def _check_groups(size: int, keys: int, mask: Mask | None, plain: bool) -> None:
+    """Checks the size of groups against the keys and lists that they are of."""
+    if not plain:
+        raise ValueError("group_size: is of softmax weights without a row_statistic")
+    if not isinstance(size, int) or size < 2 or keys % size:
+        raise ValueError(
+            f"group_size: must be an integer of at least 2 that divides the {keys} keys; got "
+            f"{size!r}"
+        )
+    for part in () if mask is None else parts(mask):
+        if isinstance(part, Blocks) and part.block_k % size:
+            raise ValueError(f"group_size: {size} does not divide block_k, {part.block_k}")
 
 
 def _broadcastable(value: ArrayLike, name: str, shape: tuple[int, ...]) -> Array:

@@ -41,6 +41,8 @@ class Options:
     """Power and offset. With it, `normalise` is about the weights that it makes."""
     logit_bias: float
     """Is added to every score."""
+    group_size: int | None
+    """Keys in a group, the last of which is its landmark; None for keys that compete singly."""
     bounded: bool
     """Whether exp(score) of a softmax, with no maximum subtracted, is safe in float32."""
     axes: Axes

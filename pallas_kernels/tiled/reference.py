@@ -46,11 +46,14 @@ def forward(
         if allowed.shape[1] not in (1, heads):
             allowed = jnp.repeat(allowed, heads // allowed.shape[1], axis=1)
         scores = jnp.where(allowed, scores, -jnp.inf)
+    if options.group_size is not None:
+        scores, shares = _by_landmarks(scores, options.group_size)
 
     def weigh(log_sum: Array) -> Array:
         """Returns weights divided by a row sum: of a softmax, so that neither overflows."""
         if options.weights == "softmax":
-            return jnp.exp(scores - log_sum)
+            weights = jnp.exp(scores - log_sum)
+            return weights if options.group_size is None else weights * shares
         return WEIGHTS[options.weights](scores) * jnp.exp(-log_sum)
 
     if options.reweight is not None or not options.normalise:
@@ -84,3 +87,16 @@ def forward(
     out = jnp.einsum("bnts,bsnv->btnv", jnp.where(empty, 0, weights / total), value)
     lse = jnp.where(empty, -jnp.inf, maximum + jnp.log(total))
     return out.astype(x.query.dtype), jnp.swapaxes(lse[..., 0], 1, 2)
+
+
+def _by_landmarks(
+    scores: Float[Array, "B N T S"], size: int
+) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T S"]]:
+    """Returns for the keys of groups the scores of their landmarks, and their shares in groups."""
+    groups = scores.reshape(*scores.shape[:3], -1, size)
+    landmark, last = groups[..., -1:], jnp.arange(size) == size - 1
+    groups = jnp.where(last, -jnp.inf, groups)
+    empty = jnp.isneginf(jnp.max(groups, axis=-1, keepdims=True))
+    shares = jax.nn.softmax(jnp.where(empty, 0, groups), axis=-1)
+    landmark = jnp.where(empty | last, -jnp.inf, landmark)
+    return landmark.reshape(scores.shape), shares.reshape(scores.shape)

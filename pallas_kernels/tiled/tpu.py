@@ -43,7 +43,9 @@ LOWEST = -1e30
 
 def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ()) -> str | None:
     """Returns why the kernels do not serve a call, or these gradients of it, or None."""
-    del options, gradients
+    del gradients
+    if options.group_size is not None:
+        return "it has no groups of keys"
     if inputs.query.dtype == jnp.float64:
         return "it does not compute in float64"
     lists, _ = split(inputs.mask)

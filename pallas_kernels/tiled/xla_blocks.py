@@ -152,7 +152,7 @@ class _Lists(NamedTuple):
         parts = list(masks.parts(x.mask))
         lists = next(mask for mask in parts if isinstance(mask, masks.Blocks))
         parts.remove(lists)
-        lists = _shorter(lists, queries)
+        lists = _shorter(lists, queries, options.group_size or 1)
         if lists.indices.shape[1] == heads > kv_heads:
             # Query heads of one key head read different keys.
             key, value = (jnp.repeat(y, heads // kv_heads, axis=2) for y in (x.key, x.value))
@@ -277,9 +277,9 @@ class _Lists(NamedTuple):
         return tokens.astype(like.dtype)
 
 
-def _shorter(lists: masks.Blocks, queries: int) -> masks.Blocks:
-    """Returns the same lists in blocks that are no longer than a tile should be."""
-    rows, columns = _divisor(lists.block_q, ROWS), _divisor(lists.block_k, COLUMNS)
+def _shorter(lists: masks.Blocks, queries: int, group: int) -> masks.Blocks:
+    """Returns the same lists in blocks, of whole groups, no longer than a tile should be."""
+    rows, columns = _divisor(lists.block_q, ROWS), _divisor(lists.block_k, COLUMNS, group)
     repeats, cuts = lists.block_q // rows, lists.block_k // columns
     indices, counts = (
         jnp.repeat(x, repeats, axis=2)[:, :, : -(-queries // rows)]
@@ -289,7 +289,11 @@ def _shorter(lists: masks.Blocks, queries: int) -> masks.Blocks:
     return masks.Blocks(indices.reshape(*indices.shape[:3], -1), counts, rows, columns)
 
 
-def _divisor(block: int, most: int) -> int:
-    """Returns the largest divisor of a length up to a limit; the length if none is worth a tile."""
-    best = max(size for size in range(1, min(block, most) + 1) if block % size == 0)
+def _divisor(block: int, most: int, unit: int = 1) -> int:
+    """Returns the largest divisor of a length up to a limit, and multiple of a unit.
+
+    It is the length if none is worth a tile.
+    """
+    sizes = range(unit, min(block, most) + 1, unit)
+    best = max((size for size in sizes if block % size == 0), default=block)
     return best if best >= min(block, 64) else block

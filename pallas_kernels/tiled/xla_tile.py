@@ -193,6 +193,9 @@ class Call(NamedTuple):
         maximum, total, out = sums
         scores, _ = self.scores(query, key, tile)
         scores = self.masked(scores, tile, *conditions)
+        shares = None
+        if self.options.group_size is not None:
+            scores, shares = self.by_landmarks(scores)
         if self.options.reweight is not None:
             # It is a softmax of logarithms.
             scores = self.log_reweighted(self.weights(scores, log_sum)[0])
@@ -204,6 +207,8 @@ class Call(NamedTuple):
             weights = jnp.exp(scores - finite[:, :, None])
             decay = jnp.exp(maximum - finite)
             maximum, total, out = new_maximum, total * decay, out * decay[:, :, None]
+        if shares is not None:
+            weights *= shares
         product = self.product("bskv,bksgq->bkvgq", value, weights)
         total = None if total is None else total + weights.sum(axis=2)
         return Sums(maximum, total, out + product)
@@ -241,7 +246,11 @@ class Call(NamedTuple):
         """
         scores, slope = self.scores(rows.query, key, tile)
         scores = self.masked(scores, tile, *conditions)
+        if self.options.group_size is not None:
+            scores, shares = self.by_landmarks(scores)
         weights, derivative = self.weights(scores, rows.log_sum)
+        if self.options.group_size is not None:
+            weights = derivative = weights * shares
         by_statistic = weights  # the derivative by the statistic, but for its sign
         if self.options.reweight is not None:
             weights, by_weights = self.reweighted(weights, rows.lse)
@@ -250,6 +259,8 @@ class Call(NamedTuple):
         if self.options.normalise:
             d_weights -= rows.delta[:, :, None]
         d_scores = derivative * d_weights
+        if self.options.group_size is not None:
+            d_scores = self.before_landmarks(d_scores, shares)
         d_products = d_scores * (self.options.scale * slope)
         return TileGradients(
             query=self.product("bskh,bksgq->bkhgq", key, d_products),
@@ -323,6 +334,34 @@ class Call(NamedTuple):
         results = jnp.exp(self.log_reweighted(weights) - lse[:, :, None])
         excess = jnp.maximum(weights - offset, jnp.finfo(self.dtype).tiny)
         return results, power * (results / excess)
+
+    def by_landmarks(self, scores: Array) -> tuple[Array, Array]:
+        """Returns for keys of groups the scores of their landmarks, and their shares in groups.
+
+        Args:
+          scores: masked, of whole groups.
+        """
+        shape = scores.shape
+        groups = scores.reshape(*shape[:2], -1, self.options.group_size, *shape[3:])
+        shared, landmark = groups[:, :, :, :-1], groups[:, :, :, -1:]
+        maximum = jnp.max(shared, axis=3, keepdims=True)
+        empty = jnp.isneginf(maximum)
+        shares = jnp.exp(shared - jnp.where(empty, 0, maximum))
+        total = jnp.sum(shares, axis=3, keepdims=True)
+        none = ((0, 0),) * 3 + ((0, 1),) + ((0, 0),) * 2
+        shares = jnp.pad(shares / jnp.where(empty, 1, total), none)
+        landmark = jnp.where(empty, -jnp.inf, landmark)
+        return jnp.broadcast_to(landmark, groups.shape).reshape(shape), shares.reshape(shape)
+
+    def before_landmarks(self, d_scores: Array, shares: Array) -> Array:
+        """Returns gradients of scores from those of the logarithms of weights in groups."""
+        size, shape = self.options.group_size, d_scores.shape
+        groups = (*shape[:2], -1, size, *shape[3:])
+        d_scores, shares = d_scores.reshape(groups), shares.reshape(groups)
+        landmark = jnp.sum(d_scores, axis=3, keepdims=True)
+        own = d_scores - shares * landmark
+        last = jnp.arange(size)[:, None, None] == size - 1
+        return jnp.where(last, landmark, own).reshape(shape)
 
     def statistic(self) -> Array | None:
         """Returns the row statistic as [B, K, G, T]."""
@@ -425,7 +464,10 @@ def tile_sizes(options: Options, x: Inputs) -> tuple[int, int]:
     columns = min(max(2**bits // rows, 64), 1024 if x.mask is None else 512)
     if queries < rows:
         columns = min(columns * (rows // queries), 1024)
-    return min(queries, options.tile_q or rows), min(keys, options.tile_k or columns)
+    columns = options.tile_k or columns
+    if options.group_size is not None:
+        columns = max(columns - columns % options.group_size, options.group_size)
+    return min(queries, options.tile_q or rows), min(keys, columns)
 
 
 def loop(bounds: tuple[Bound, Bound], body: Callable[[Bound, Any], Any], carry: Any) -> Any:

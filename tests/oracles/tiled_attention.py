@@ -25,6 +25,7 @@ def tiled_weights(
     sink=None,
     row_statistic=None,
     reweight=None,
+    group_size=None,
     allowed=None,
     query_offset=0,
 ):
@@ -65,6 +66,8 @@ def tiled_weights(
             if alibi_slopes is not None:
                 score -= alibi_slopes[n] * abs(distance)
             scores[j] = score
+        if group_size is not None:
+            scores = _by_landmarks(scores, group_size)
         weigh = WEIGHTS[weights]
         if row_statistic is not None or not normalise:
             log_sum = statistic[b, i, n]
@@ -101,6 +104,17 @@ def tiled_weights(
                 matrix[b, n, i, j] = weight / total
             lse[b, i, n] = shift + np.log(total)
     return matrix, lse
+
+
+def _by_landmarks(scores, size):
+    """Returns the scores of keys that share, in groups, what the group's last key gets."""
+    results = {}
+    for landmark in scores:
+        group = [j for j in scores if landmark - size < j < landmark]
+        if landmark % size == size - 1 and group:
+            log_sum = np.logaddexp.reduce([scores[j] for j in group])
+            results |= {j: scores[landmark] + scores[j] - log_sum for j in group}
+    return results
 
 
 def tiled_attention(query, key, value, **options):
