@@ -44,6 +44,31 @@ def sizes_by_axis(
     return values
 
 
+def pooled(
+    x: Shaped[Array, "B T *rest"], shape: tuple[int, ...], sizes: tuple[int, ...]
+) -> Shaped[Array, "B S *rest"]:
+    """Returns means over so many parts of each axis, in the dtype of x, of sums in float32 or more.
+
+    Part i of n of an axis of L tokens has those from floor(i L / n) to before ceil((i + 1) L / n):
+    neighbours share tokens where n does not divide L, and there may be more parts than tokens.
+    """
+    rest = x.ndim - 2
+    result = split(x, 1, shape).astype(jnp.promote_types(x.dtype, jnp.float32))
+    for axis, (length, size) in enumerate(zip(shape, sizes, strict=True), 1):
+        if length % size == 0:
+            result = jnp.mean(split(result, axis, (size, length // size)), axis + 1)
+            continue
+        part = np.arange(size)
+        start, stop = part * length // size, -(-(part + 1) * length // size)
+        index = start[:, None] + np.arange(np.max(stop - start))
+        weights = (index < stop[:, None]) / (stop - start)[:, None]
+        index = np.minimum(index, length - 1).astype(np.int32)
+        parts = split(jnp.take(result, index.ravel(), axis), axis, index.shape)
+        weights = weights.reshape(*index.shape, *(1,) * (len(sizes) - axis + rest))
+        result = jnp.sum(parts * jnp.asarray(weights, result.dtype), axis + 1)
+    return merged(result, 1, len(sizes)).astype(x.dtype)
+
+
 def split(x: Array, axis: int, sizes: tuple[int, ...]) -> Array:
     """Returns an array with several dimensions in the place of one.
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention.grid import Grid, checked_shape, sizes_by_axis
+from attention.grid import Grid, checked_shape, pooled, sizes_by_axis
 
 
 def test_order():
@@ -49,6 +49,19 @@ def test_tiles_hold_neighbours():
                 token = [g * d + r for g, d, r in zip(group, (2, 3), remainder, strict=True)]
                 expected = token if token[1] < 9 else [-1, -1]
                 assert there[(*remainder, *tile, *within)].tolist() == expected
+
+
+def test_pooled():
+    """Parts that share tokens, whole ones, and more than there are tokens."""
+    x = np.random.default_rng(0).normal(size=(2, 5 * 6 * 2, 3)).astype(np.float32)
+    found = pooled(x, (5, 6, 2), (3, 2, 3)).reshape(2, 3, 2, 3, 3)
+    x = x.reshape(2, 5, 6, 2, 3)
+    for i, rows in enumerate((slice(0, 2), slice(1, 4), slice(3, 5))):
+        for j, columns in enumerate((slice(0, 3), slice(3, 6))):
+            for k, last in enumerate((slice(0, 1), slice(0, 2), slice(1, 2))):
+                expected = x[:, rows, columns, last].mean(axis=(1, 2, 3))
+                np.testing.assert_allclose(found[:, i, j, k], expected, rtol=1e-5, atol=1e-7)
+    assert pooled(x.astype(np.float16).reshape(2, 60, 3), (60,), (7,)).dtype == np.float16
 
 
 def test_arguments():
