@@ -168,7 +168,7 @@ def agent_biases(
       ValueError: shapes do not fit.
 
     Example:
-      >>> table, rows, columns = jnp.ones((4, 49, 7, 7)), jnp.ones((4, 49, 14)), jnp.ones((4, 49, 9))
+      >>> table, rows, columns = (jnp.ones((4, 49, *size)) for size in ((7, 7), (14,), (9,)))
       >>> agent_biases(table, rows, columns, shape=(14, 9)).shape
       (4, 49, 126)
     """
