@@ -160,10 +160,11 @@ def training_free(config: TrainingFreeConfig) -> list[Row]:
     for name, options in choices:
         try:
             bits = bits_per_byte(changed(run.model, name, options), parameters, tokens)
-            function = functools.partial(_causal(name), **options)
-            found.append(
-                Row(name, dict(options), bits, kept(function, own), kept(function, random))
+            measured = jax.jit(
+                functools.partial(_sums, functools.partial(_causal(name), **options))
             )
+            each = kept(measured, own), kept(measured, random)
+            found.append(Row(name, dict(options), bits, *each))
         except (ValueError, TypeError) as error:
             raise ExperimentError(f"{name}: {error}", USAGE) from error
     return found
@@ -171,7 +172,10 @@ def training_free(config: TrainingFreeConfig) -> list[Row]:
 
 def changed(model: DecoderConfig, mechanism: str, options: Options) -> DecoderConfig:
     """A model's configuration with another mechanism, which takes the same parameters."""
-    return dataclasses.replace(model, mechanism=mechanism, layers=(), options=dict(options))
+    # One loop over the layers compiles as fast as a single layer.
+    return dataclasses.replace(
+        model, mechanism=mechanism, layers=(), options=dict(options), scan_layers=True
+    )
 
 
 def _causal(mechanism: str) -> Callable[..., Array]:
@@ -227,24 +231,13 @@ def heads(
     return run(parameters)
 
 
-def kept(function: Callable[..., Array], inputs: list[tuple[Array, Array, Array]]) -> Kept:
-    """What a causal mechanism keeps of exact attention and how far its output is off.
-
-    Its weights are its outputs where the value of key j is the j-th unit vector.
-
-    Args:
-      function: of query, key and value.
-      inputs: some of these, equal in shape.
-    """
-    sums = np.zeros(4)
-    share = 0.0
-    measured = jax.jit(functools.partial(_sums, function))
-    for query, key, value in inputs:
-        fraction, *parts = (float(x) for x in measured(query, key, value))
-        share += fraction / len(inputs)
-        sums[: len(parts)] += parts
-    error, best, exact, _ = sums
-    return Kept(share, math.sqrt(error / exact), math.sqrt(best / exact))
+def kept(
+    measured: Callable[..., tuple[Array, ...]], inputs: list[tuple[Array, Array, Array]]
+) -> Kept:
+    """What a mechanism keeps of exact attention and how far its output is off, over some inputs."""
+    found = np.array([jax.device_get(measured(*qkv)) for qkv in inputs], np.float64)
+    share, (error, best, exact) = found[:, 0].mean(), found[:, 1:].sum(0)
+    return Kept(float(share), math.sqrt(error / exact), math.sqrt(best / exact))
 
 
 def _sums(
@@ -253,7 +246,10 @@ def _sums(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K V"],
 ) -> tuple[Array, ...]:
-    """The density, and squared sums of the error, of the best choice's, and of exact outputs."""
+    """The density, and squared sums of the error, of the best choice's, and of exact outputs.
+
+    Weights are outputs where the value of key j is the j-th unit vector.
+    """
     batch, tokens, kv_heads, _ = key.shape
     units = jnp.broadcast_to(jnp.eye(tokens)[None, :, None], (batch, tokens, kv_heads, tokens))
     weights = function(query, key, units.astype(value.dtype))
