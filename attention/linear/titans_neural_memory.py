@@ -233,6 +233,30 @@ def init_titans_neural_memory_state(
     return TitansState(first, first, zeros, jnp.zeros((batch,), jnp.int32))
 
 
+def titans_recall(
+    weights: Sequence[Float[ArrayLike, "B N inputs outputs"]], query: Float[ArrayLike, "B T N H"]
+) -> Float[Array, "B T N V"]:
+    """Returns M_W(q) for all queries, by the same weights: a memory that is read, not written.
+
+    Args:
+      weights: of every layer, such as those of a `TitansState`.
+      query: as for `titans_neural_memory`.
+
+    Returns:
+      The output in query's dtype.
+
+    Example:
+      >>> weights = [w[None] for w in titans_weights(jax.random.key(0), num_heads=4, head_dim=8)]
+      >>> titans_recall(weights, jnp.ones((1, 5, 4, 8))).shape
+      (1, 5, 4, 8)
+    """
+    query = jnp.asarray(query)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    x = query.astype(wide)
+    out = _outputs(tuple(jnp.asarray(w, wide) for w in weights), x, query.dtype)[1][-1]
+    return (out if len(weights) == 1 else x + out).astype(query.dtype)
+
+
 def titans_weights(
     rng: Array,
     num_heads: int,
@@ -619,7 +643,7 @@ def _slot(
         )
         out, memory = out.astype(x.wide), memory.memory
         if begins is not None:
-            out += left[..., None] * _product(x, "bcni,bnio->bcno", hidden, first[i])
+            out += left[..., None] * _product(x.query.dtype, "bcni,bnio->bcno", hidden, first[i])
             memory += left[:, -1, :, None, None] * first[i]
         hidden = out
         after.append(memory)
@@ -634,17 +658,25 @@ def _learned(weights: Weights, x: _Inputs) -> list[tuple[Array, Array]]:
     The product of the two is what the layer's weights learn of a token.
     """
     key = x.key.astype(x.wide)
-    inputs, outputs = [], []
-    for i, w in enumerate(weights):
-        inputs.append(jax.nn.gelu(outputs[-1]) if i else key)
-        outputs.append(_product(x, "bcni,bnio->bcno", inputs[-1], w))
+    inputs, outputs = _outputs(weights, key, x.query.dtype)
     recalled = outputs[-1] if len(weights) == 1 else key + outputs[-1]
     gradients = [2 * (recalled - x.value.astype(x.wide))]
     for w, out in zip(weights[:0:-1], outputs[-2::-1], strict=True):
         _, slope = jax.vjp(jax.nn.gelu, out)
-        gradients.append(*slope(_product(x, "bcno,bnio->bcni", gradients[-1], w)))
+        gradients.append(*slope(_product(x.query.dtype, "bcno,bnio->bcni", gradients[-1], w)))
     rate = -x.rate[..., None]
     return [(a, rate * g) for a, g in zip(inputs, gradients[::-1], strict=True)]
+
+
+def _outputs(
+    weights: Weights, x: Float[Array, "B C N H"], dtype: DTypeLike
+) -> tuple[list[Array], list[Array]]:
+    """Returns the inputs and the outputs of every layer."""
+    inputs, outputs = [], []
+    for i, w in enumerate(weights):
+        inputs.append(jax.nn.gelu(outputs[-1]) if i else x)
+        outputs.append(_product(dtype, "bcni,bnio->bcno", inputs[-1], w))
+    return inputs, outputs
 
 
 def _moved(
@@ -665,7 +697,8 @@ def _moved(
         weight = jnp.where((document == last)[..., None], weight, 0)
         before = jnp.where(last == 0, before, 0)
     return tuple(
-        before[..., None, None] * s + _product(x, "bcni,bcno->bnio", weight[..., None] * a, error)
+        before[..., None, None] * s
+        + _product(x.query.dtype, "bcni,bcno->bnio", weight[..., None] * a, error)
         for (a, error), s in zip(learned, momentum, strict=True)
     )
 
@@ -680,9 +713,12 @@ def _sum_since(begins: Bool[Array, "B C"], x: Float[Array, "B C N"]) -> Float[Ar
     return jax.lax.associative_scan(combine, (flags, x), axis=1)[1]
 
 
-def _product(x: _Inputs, subscripts: str, left: Array, right: Array) -> Array:
-    precision = jax.lax.Precision.HIGHEST if x.query.dtype == x.wide else None
-    return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=x.wide)
+def _product(dtype: DTypeLike, subscripts: str, left: Array, right: Array) -> Array:
+    """Returns a product of wide arrays, as exact as inputs of this dtype are."""
+    precision = jax.lax.Precision.HIGHEST if dtype == left.dtype else None
+    return jnp.einsum(
+        subscripts, left, right, precision=precision, preferred_element_type=left.dtype
+    )
 
 
 RECORD = Mechanism(
@@ -699,6 +735,6 @@ RECORD = Mechanism(
     function=titans_neural_memory,
     step=titans_neural_memory_step,
     init_state=init_titans_neural_memory_state,
-    extras=(TitansState, titans_weights),
+    extras=(TitansState, titans_recall, titans_weights),
     small={"chunk_size": 4, "rate": 0.05, "log_decay": -0.1, "log_momentum": -0.5},
 )

@@ -7,6 +7,8 @@ from models.layers.feed_forward import FeedForward
 from models.layers.mamba import MambaBlock
 from models.layers.mixers import MIXERS
 from models.layers.norm import RMSNorm, SRMSNorm
+from models.layers.rat import RATLayer
+from models.layers.titans import TitansMAC, TitansMAG, TitansMAL, TitansMemory
 
 __all__ = [
     "MIXERS",
@@ -15,6 +17,11 @@ __all__ = [
     "CausalDepthwiseConv",
     "FeedForward",
     "MambaBlock",
+    "RATLayer",
     "RMSNorm",
     "SRMSNorm",
+    "TitansMAC",
+    "TitansMAG",
+    "TitansMAL",
+    "TitansMemory",
 ]

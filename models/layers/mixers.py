@@ -12,7 +12,17 @@ from flax import nnx
 
 from models.layers.base_conv import BaseConv
 from models.layers.mamba import MambaBlock
+from models.layers.rat import RATLayer
+from models.layers.titans import TitansMAC, TitansMAG, TitansMAL, TitansMemory
 
 MIXERS: MappingProxyType[str, type[nnx.Module]] = MappingProxyType(
-    {"base_conv": BaseConv, "mamba": MambaBlock}
+    {
+        "base_conv": BaseConv,
+        "mamba": MambaBlock,
+        "rat": RATLayer,
+        "titans_memory": TitansMemory,
+        "titans_mac": TitansMAC,
+        "titans_mag": TitansMAG,
+        "titans_mal": TitansMAL,
+    }
 )

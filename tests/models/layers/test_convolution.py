@@ -9,6 +9,7 @@ from flax import nnx
 from models.layers import CausalDepthwiseConv
 from tests.numerics import assert_close
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, T, D = 2, 11, 5
 IDS = np.array([[0] * 3 + [1] * 8, [7] * 1 + [2] * 2 + [7] * 8])
 

@@ -11,6 +11,7 @@ from models.layers import MambaBlock
 from tests.numerics import assert_close
 from tests.oracles import selective_scan as oracle
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, T, D = 2, 9, 6
 IDS = np.array([[1] * 3 + [2] * 6, [1] * 1 + [2] * 7 + [1] * 1])
 

@@ -1,0 +1,770 @@
+"""Titans: attention to a window or a segment, beside, behind or before a memory that learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float, Int
+
+from attention.dense.softmax_attention import softmax_attention
+from attention.linear.titans_neural_memory import (
+    TitansState,
+    init_titans_neural_memory_state,
+    titans_neural_memory,
+    titans_neural_memory_step,
+    titans_recall,
+    titans_weights,
+)
+from attention.positions import rope
+from attention.state import check_state
+from models.checks import check_positive
+from models.layers.attention import check_options, default_head_dim
+from models.layers.convolution import CausalDepthwiseConv
+from models.layers.initializers import KERNEL_INIT
+from models.layers.norm import RMSNorm
+from pallas_kernels import masks
+from pallas_kernels.tiled.merge import merge_partials
+
+_OWN = frozenset(
+    "query key value weights rate log_decay log_momentum chunk_size segment_ids initial_state "
+    "return_state".split()
+)
+
+FORGETTING = 4.0
+"""Forgetting starts at sigmoid(-4), about 2 % a token."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TitansMemoryState:
+    """What a `TitansMemory` carries from token to token.
+
+    Attributes:
+      memory: weights that learn, and their momentum.
+      convolution: the last inputs of the convolution; None without one.
+    """
+
+    memory: TitansState
+    convolution: Float[Array, "B width-1 3*N*H"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TitansLayerState:
+    """What a layer of Titans carries from token to token; its size does not depend on their number.
+
+    Attributes:
+      memory: that of the memory.
+      keys: of the attention: turned keys of the last tokens, the newest last, or of the segment so
+        far, in order.
+      values: their values.
+      length: number of tokens so far.
+    """
+
+    memory: TitansMemoryState
+    keys: tuple[Float[Array, "B W N H"], ...]
+    values: tuple[Float[Array, "B W N H"], ...]
+    length: Int[Array, ""]
+
+
+class TitansMemory(nnx.Module):
+    """Titans' long-term memory as a layer: `out(titans_neural_memory(query, key, value, ...))`.
+
+    Queries, keys and values are projected from x, convolved causally, and go through silu; queries
+    and keys are then of length 1 in each head. Every token and head has a rate, a momentum and a
+    forgetting of its own, sigmoids of a projection of x, `gates`; the rate is at most
+    1 / chunk_size, which no chunk of keys of length 1 lets overshoot. `weights` are those that the
+    memory begins every document with: learned, as everything else.
+
+    Source: Behrouz et al., Titans: Learning to Memorize at Test Time (2024). The range of rates is
+    not published.
+
+    Args:
+      features: D, channels of input and output.
+      num_heads: N, each with a memory of its own.
+      head_dim: H; None for D / N.
+      depth: matrices of a memory; 1 for a linear one, 2 by default.
+      expansion: channels between two of them, in H; 4 by default.
+      chunk_size: tokens whose gradients are taken at the same weights; 64 by default.
+      conv_width: tokens that the convolution sees; 4 by default, None for no convolution.
+      dtype: dtype of computation and output; None for that of input and parameters together.
+        Memories are float32 in any case.
+      param_dtype: dtype of the parameters; float32 by default.
+      kernel_init: initialiser of the projections; `KERNEL_INIT` by default.
+      out_kernel_init: initialiser of `out`; None for `kernel_init`.
+      rngs: the initialisers draw from its `params` stream.
+
+    Raises:
+      ValueError: a size is not positive, or heads do not divide.
+      TypeError: a size is not an integer.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        depth: int = 2,
+        expansion: int = 4,
+        chunk_size: int = 64,
+        conv_width: int | None = 4,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = KERNEL_INIT,
+        out_kernel_init: Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_positive(features=features, num_heads=num_heads, depth=depth, expansion=expansion)
+        head_dim = default_head_dim(features, num_heads) if head_dim is None else head_dim
+        check_positive(head_dim=head_dim, chunk_size=chunk_size)
+        self.features = features
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.chunk_size = chunk_size
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+
+        inner = num_heads * head_dim
+        linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        project = functools.partial(linear, use_bias=False, kernel_init=kernel_init)
+        self.query = project(features, inner)
+        self.key = project(features, inner)
+        self.value = project(features, inner)
+        self.gates = linear(features, 3 * num_heads, kernel_init=kernel_init)
+        self.out = linear(
+            inner, features, use_bias=False, kernel_init=out_kernel_init or kernel_init
+        )
+        if conv_width is None:
+            self.conv = None
+        else:
+            self.conv = CausalDepthwiseConv(
+                3 * inner, conv_width, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
+        weights = titans_weights(
+            rngs.params(), num_heads, head_dim, depth=depth, expansion=expansion, dtype=param_dtype
+        )
+        self.weights = nnx.List([nnx.Param(w) for w in weights])
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Writes whole sequences into memories, and reads them.
+
+        Args:
+          x: the inputs.
+          segment_ids: document of every token; memories begin anew with each.
+          options: `implementation` for `attention.titans_neural_memory`.
+
+        Raises:
+          ValueError: a shape does not fit, or an option is not one of those.
+        """
+        _check_input(x, self.features)
+        check_options(titans_neural_memory, options or {}, _OWN)
+        heads = self._convolved(self._projected(x), segment_ids)
+        out = titans_neural_memory(
+            *self._heads(heads),
+            **self._gates(x),
+            weights=self._weights,
+            segment_ids=segment_ids,
+            **(options or {}),
+        )
+        return self._out(out)
+
+    def init_state(
+        self, batch: int, max_length: int, dtype: Dtype | None = None
+    ) -> TitansMemoryState:
+        """The state before the first token, for `step`.
+
+        Args:
+          batch: B.
+          max_length: the most tokens that will be seen; the state does not depend on it.
+          dtype: dtype of the inputs that the convolution keeps; None for that of the computation.
+        """
+        sizes = batch, max_length, self.num_heads, self.num_heads, self.head_dim, self.head_dim
+        memory = init_titans_neural_memory_state(
+            *sizes, self.dtype or self.param_dtype, weights=self._weights
+        )
+        convolution = None if self.conv is None else self.conv.init_state(batch, dtype)
+        return TitansMemoryState(memory, convolution)
+
+    def step(
+        self,
+        x: Float[Array, "B T D"],
+        state: TitansMemoryState,
+        position: Int[Array, ""] | int,
+        *,
+        options: Mapping[str, Any] | None = None,
+    ) -> tuple[Float[Array, "B T D"], TitansMemoryState]:
+        """Writes T >= 1 new tokens into memories, whose state is given, and reads them.
+
+        Args:
+          x: the new inputs.
+          state: from `init_state` or the step before.
+          position: number of tokens before; nothing depends on it.
+          options: as for the call.
+
+        Returns:
+          The outputs, the same as `__call__` on the whole sequence, and the state after them.
+
+        Raises:
+          TypeError, ValueError: a shape or the state does not fit.
+        """
+        del position
+        _check_input(x, self.features)
+        check_state(state, TitansMemoryState)
+        heads, convolution = self._projected(x), state.convolution
+        if self.conv is not None:
+            heads, convolution = self.conv.step(heads, convolution)
+        out, memory = titans_neural_memory_step(
+            state.memory, *self._heads(heads), **self._gates(x), **(options or {})
+        )
+        return self._out(out), TitansMemoryState(memory, convolution)
+
+    def recall(self, x: Float[Array, "B T D"], state: TitansMemoryState) -> Float[Array, "B T D"]:
+        """Reads, and does not write, by the weights with which the chunk of the next token begins.
+
+        Raises:
+          ValueError: a shape does not fit, or the layer has a convolution.
+        """
+        _check_input(x, self.features)
+        if self.conv is not None:
+            raise ValueError("conv_width: must be None, for a memory that is read without writing")
+        opens = (state.memory.place % self.chunk_size == 0)[:, None, None, None]
+        weights = jax.tree.map(
+            lambda now, start: jnp.where(opens, now, start),
+            state.memory.weights,
+            state.memory.start,
+        )
+        query = self._heads(jnp.tile(self.query(x), 3))[0]
+        return self._out(titans_recall(weights, query))
+
+    @property
+    def _weights(self) -> tuple[Array, ...]:
+        return tuple(w[...] for w in self.weights)
+
+    def _projected(self, x: Array) -> Array:
+        return jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+
+    def _convolved(self, heads: Array, segment_ids: Array | None) -> Array:
+        return heads if self.conv is None else self.conv(heads, segment_ids)
+
+    def _heads(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values [B, T, N, H] of projections side by side."""
+        query, key, value = jnp.split(jax.nn.silu(x), 3, axis=-1)
+        split = (*x.shape[:2], self.num_heads, self.head_dim)
+        query, key = (_unit(a.reshape(split)) for a in (query, key))
+        return query, key, value.reshape(split)
+
+    def _gates(self, x: Array) -> dict[str, Any]:
+        gates = self.gates(x)
+        gates = gates.astype(jnp.promote_types(gates.dtype, jnp.float32))
+        rate, momentum, forgetting = jnp.split(gates, 3, axis=-1)
+        return dict(
+            rate=jax.nn.sigmoid(rate) / self.chunk_size,
+            log_momentum=jax.nn.log_sigmoid(momentum),
+            log_decay=jax.nn.log_sigmoid(FORGETTING - forgetting),
+            chunk_size=self.chunk_size,
+        )
+
+    def _out(self, x: Array) -> Array:
+        return self.out(x.reshape(*x.shape[:2], -1))
+
+
+class _Titans(nnx.Module):
+    """What the layers share: attention with persistent tokens, a memory, and the gate of both."""
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        tokens: int,
+        *,
+        head_dim: int | None,
+        num_persistent: int,
+        gated: bool,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        kernel_init: Initializer,
+        out_kernel_init: Initializer | None,
+        rngs: nnx.Rngs,
+        **memory: Any,
+    ):
+        check_positive(features=features, num_heads=num_heads)
+        head_dim = default_head_dim(features, num_heads) if head_dim is None else head_dim
+        check_positive(head_dim=head_dim)
+        if not isinstance(num_persistent, int) or num_persistent < 0:
+            raise ValueError(f"num_persistent: {num_persistent!r} must be an int of at least 0")
+        if head_dim % 2:
+            raise ValueError(f"head_dim: {head_dim} must be even, for rotary positions")
+        self.features = features
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.tokens = tokens
+        self.num_persistent = num_persistent
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+
+        inner = num_heads * head_dim
+        common = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, **common)
+        self.query = linear(features, inner, kernel_init=kernel_init)
+        self.key = linear(features, inner, kernel_init=kernel_init)
+        self.value = linear(features, inner, kernel_init=kernel_init)
+        self.out = linear(inner, features, kernel_init=out_kernel_init or kernel_init)
+        if num_persistent:
+            shape = (num_persistent, features)
+            self.persistent = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))
+        self.memory = TitansMemory(
+            features,
+            num_heads,
+            head_dim=head_dim,
+            kernel_init=kernel_init,
+            out_kernel_init=out_kernel_init,
+            **memory,
+            **common,
+        )
+        if gated:
+            self.attention_norm = RMSNorm(features, param_dtype=param_dtype, rngs=rngs)
+            self.memory_norm = RMSNorm(features, param_dtype=param_dtype, rngs=rngs)
+
+    def init_state(
+        self, batch: int, max_length: int, dtype: Dtype | None = None
+    ) -> TitansLayerState:
+        """The state before the first token, for `step`.
+
+        Args:
+          batch: B.
+          max_length: the most tokens that will be seen; the state does not depend on it.
+          dtype: dtype of keys and values that are kept; None for that of the computation.
+        """
+        kept = dtype or self.dtype or self.param_dtype
+        room = jnp.zeros((batch, self._kept, self.num_heads, self.head_dim), kept)
+        rooms = (room,) * self._sources
+        memory = self.memory.init_state(batch, max_length, dtype)
+        return TitansLayerState(memory, rooms, rooms, jnp.zeros((), jnp.int32))
+
+    _sources = 1
+
+    @property
+    def _kept(self) -> int:
+        """Tokens whose keys and values a step needs, beside its own."""
+        return self.tokens - 1
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
+
+    def _keys(self, x: Array, positions: Array | None) -> tuple[Array, Array]:
+        return rope(self._split(self.key(x)), positions), self._split(self.value(x))
+
+    def _merged(self, query: Array, parts: list[tuple[Array, Array]], **options: Any) -> Array:
+        """Projects attention to some keys and to the persistent tokens, which have no positions."""
+        if self.num_persistent:
+            tokens = self.persistent[...][None]
+            shape = (len(query), self.num_persistent, self.num_heads, self.head_dim)
+            key, value = (
+                jnp.broadcast_to(p(tokens).reshape(1, *shape[1:]), shape)
+                for p in (self.key, self.value)
+            )
+            parts = [
+                *parts,
+                softmax_attention(query, key, value, return_residual=True, **options),
+            ]
+        out = merge_partials(*zip(*parts, strict=True))[0]
+        return self.out(out.reshape(*out.shape[:2], -1))
+
+    def _windowed(
+        self, x: Array, segment_ids: Array | None, options: Mapping[str, Any]
+    ) -> Float[Array, "B T D"]:
+        query = self._split(self.query(x))
+        part = softmax_attention(
+            rope(query),
+            *self._keys(x, None),
+            is_causal=True,
+            local_window_size=(self.tokens - 1, 0),
+            segment_ids=segment_ids,
+            return_residual=True,
+            **options,
+        )
+        return self._merged(query, [part], **options)
+
+    def _windowed_step(
+        self, x: Array, state: TitansLayerState, position: Array | int
+    ) -> tuple[Array, tuple, tuple]:
+        """Returns the output and the keys and values to keep."""
+        batch, new = x.shape[:2]
+        positions = position + jnp.arange(new)
+        query = self._split(self.query(x))
+        keys, values = (
+            jnp.concatenate([old[0], a.astype(old[0].dtype)], axis=1)
+            for old, a in zip((state.keys, state.values), self._keys(x, positions), strict=True)
+        )
+        # Places that no token has taken yet are of another document.
+        taken = jnp.arange(keys.shape[1]) >= self._kept - state.length
+        ids = jnp.broadcast_to(jnp.where(taken, 0, 1), (batch, keys.shape[1]))
+        part = softmax_attention(
+            rope(query, positions),
+            keys.astype(query.dtype),
+            values.astype(query.dtype),
+            is_causal=True,
+            local_window_size=(self._kept, 0),
+            query_offset=self._kept,
+            segment_ids=(jnp.zeros((batch, new), jnp.int32), ids),
+            return_residual=True,
+        )
+        keep = slice(keys.shape[1] - self._kept, None)
+        return self._merged(query, [part]), (keys[:, keep],), (values[:, keep],)
+
+    def _gated(self, y: Array, memory: Array) -> Array:
+        """The gate is 1 where the memory has nothing to say."""
+        return self.attention_norm(y) * (2 * jax.nn.sigmoid(self.memory_norm(memory)))
+
+
+class _Windowed(_Titans):
+    """Titans with a sliding window."""
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        window: int,
+        *,
+        head_dim: int | None = None,
+        num_persistent: int = 4,
+        depth: int = 2,
+        expansion: int = 4,
+        chunk_size: int = 64,
+        conv_width: int | None = 4,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = KERNEL_INIT,
+        out_kernel_init: Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_positive(window=window)
+        super().__init__(
+            features,
+            num_heads,
+            window,
+            head_dim=head_dim,
+            num_persistent=num_persistent,
+            gated=isinstance(self, TitansMAG),
+            depth=depth,
+            expansion=expansion,
+            chunk_size=chunk_size,
+            conv_width=conv_width,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            out_kernel_init=out_kernel_init,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Attends over whole sequences, and remembers them.
+
+        Args:
+          x: the inputs.
+          segment_ids: document of every token; tokens see their document only.
+          options: `implementation` for attention and memory.
+
+        Raises:
+          ValueError: a shape does not fit, or an option is not that.
+        """
+        _check_input(x, self.features)
+        options = dict(options or {})
+        memory = self.memory(x, segment_ids=segment_ids, options=options)
+        return self._both(x, memory, lambda y: self._windowed(y, segment_ids, options))
+
+    def step(
+        self, x: Float[Array, "B T D"], state: TitansLayerState, position: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B T D"], TitansLayerState]:
+        """Attends from T >= 1 new tokens to those before in the window, and remembers them.
+
+        Args:
+          x: the new inputs.
+          state: from `init_state` or the step before.
+          position: number of tokens before.
+
+        Returns:
+          The outputs, the same as `__call__` on the whole sequence, and the state after them.
+
+        Raises:
+          TypeError, ValueError: a shape or the state does not fit.
+        """
+        _check_input(x, self.features)
+        check_state(state, TitansLayerState)
+        memory, after = self.memory.step(x, state.memory, position)
+        kept = []
+
+        def attend(y: Array) -> Array:
+            out, *rest = self._windowed_step(y, state, position)
+            kept.extend(rest)
+            return out
+
+        out = self._both(x, memory, attend)
+        return out, TitansLayerState(after, *kept, state.length + x.shape[1])
+
+
+class TitansMAG(_Windowed):
+    """Memory as a gate: `norm(attention(x)) * 2 sigmoid(norm(memory(x)))`.
+
+    Attention is to the `window` tokens up to a token's own, with rotary positions, and to
+    `num_persistent` learned tokens without. The memory is `TitansMemory`, as deep and wide as said;
+    its `weights`, with which each document begins, are learned: what it would keep of the
+    persistent tokens, which the paper lets it read first, is part of them. The gate is not
+    published beyond a norm with learned weights and a non-linearity; here a memory that returns
+    zeros leaves attention as it is.
+
+    Source: Behrouz et al., Titans: Learning to Memorize at Test Time (2024).
+
+    Args:
+      features: D, channels of input and output.
+      num_heads: N, of attention and of the memory.
+      window: tokens that a token sees by attention, with its own.
+      head_dim: H, which is even; None for D / N.
+      num_persistent: number of persistent tokens; 4 by default.
+      depth: of the memory, as for `TitansMemory`.
+      expansion: likewise.
+      chunk_size: likewise.
+      conv_width: likewise.
+      dtype: dtype of computation and output; None for that of input and parameters together.
+      param_dtype: dtype of the parameters; float32 by default.
+      kernel_init: initialiser of the projections; `KERNEL_INIT` by default.
+      out_kernel_init: initialiser of the last ones; None for `kernel_init`.
+      rngs: the initialisers draw from its `params` stream.
+
+    Raises:
+      ValueError: a size does not fit.
+      TypeError: a size is not an integer.
+    """
+
+    def _both(self, x: Array, memory: Array, attend: Any) -> Array:
+        return self._gated(attend(x), memory)
+
+
+class TitansMAL(_Windowed):
+    """Memory as a layer: `attention(x + memory(x))`.
+
+    Attention, persistent tokens, memory and arguments are those of `TitansMAG`. The sum, in the
+    place of the memory's output alone, keeps what a memory that has yet to learn would lose.
+
+    Source: Behrouz et al., Titans: Learning to Memorize at Test Time (2024).
+    """
+
+    def _both(self, x: Array, memory: Array, attend: Any) -> Array:
+        return attend(x + memory)
+
+
+class TitansMAC(_Titans):
+    """Memory as context: attention within segments of C tokens, to what the memory says of them.
+
+    In the segment of token i, from its j-th tokens x_j, j <= i, and the persistent tokens p,
+
+        h_j = what the memory, as it was before the segment, says of x_j
+        y_i = attention of x_i to all p, and to h_j and x_j
+        m_i = what the memory says of y_i, having learned y_j
+        o_i = norm(y_i) * 2 sigmoid(norm(m_i))
+
+    The memory learns from y, by gradients at the segment's beginning; the past before a segment is
+    in the memory alone. The paper, read literally, attends to all of h and updates once at the end
+    of a segment, by which tokens see later ones; here none does. Norms and gate are those of
+    `TitansMAG`; positions of x and h are rotary, persistent tokens have none; the memory has no
+    convolution, as it is read with and without being written. Segments follow one another: a call
+    takes a pass over them, whose backward keeps the memory before each. Packed documents are
+    refused.
+
+    Source: Behrouz et al., Titans: Learning to Memorize at Test Time (2024).
+
+    Args:
+      features: D, channels of input and output.
+      num_heads: N, of attention and of the memory.
+      segment: C.
+      head_dim: H, which is even; None for D / N.
+      num_persistent: number of persistent tokens; 4 by default.
+      depth: of the memory, as for `TitansMemory`.
+      expansion: likewise.
+      dtype: dtype of computation and output; None for that of input and parameters together.
+      param_dtype: dtype of the parameters; float32 by default.
+      kernel_init: initialiser of the projections; `KERNEL_INIT` by default.
+      out_kernel_init: initialiser of the last ones; None for `kernel_init`.
+      rngs: the initialisers draw from its `params` stream.
+
+    Raises:
+      ValueError: a size does not fit.
+      TypeError: a size is not an integer.
+    """
+
+    _sources = 2
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        segment: int,
+        *,
+        head_dim: int | None = None,
+        num_persistent: int = 4,
+        depth: int = 2,
+        expansion: int = 4,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = KERNEL_INIT,
+        out_kernel_init: Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_positive(segment=segment)
+        super().__init__(
+            features,
+            num_heads,
+            segment,
+            head_dim=head_dim,
+            num_persistent=num_persistent,
+            gated=True,
+            depth=depth,
+            expansion=expansion,
+            chunk_size=segment,
+            conv_width=None,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            out_kernel_init=out_kernel_init,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Attends over whole sequences, and remembers them.
+
+        Args:
+          x: the inputs.
+          segment_ids: None: packed documents are not served.
+          options: `implementation` for attention and memory.
+
+        Raises:
+          ValueError: a shape does not fit, an option is not that, or there are packed documents.
+        """
+        _check_input(x, self.features)
+        check_options(titans_neural_memory, options or {}, _OWN)
+        if segment_ids is not None:
+            raise ValueError("segment_ids: memory as context takes no packed documents")
+        batch, tokens, _ = x.shape
+        size = min(self.tokens, tokens)
+        count = -(-tokens // size)
+        # No token sees what stands after the last.
+        x = jnp.pad(x, ((0, 0), (0, count * size - tokens), (0, 0)))
+        segments = jnp.moveaxis(x.reshape(batch, count, size, -1), 1, 0)
+        state = self.memory.init_state(batch, tokens)
+
+        def one(memory: TitansMemoryState, inputs: tuple) -> tuple[TitansMemoryState, Array]:
+            x, number = inputs
+            positions = number * size + jnp.arange(size)
+            query = self._split(self.query(x))
+            turned = rope(query, positions)
+            parts = [
+                softmax_attention(
+                    turned,
+                    *self._keys(source, positions),
+                    is_causal=True,
+                    return_residual=True,
+                    **(options or {}),
+                )
+                for source in (self.memory.recall(x, memory), x)
+            ]
+            y = self._merged(query, parts, **(options or {}))
+            read, memory = self.memory.step(y, memory, 0, options=options)
+            return memory, self._gated(y, read)
+
+        _, out = jax.lax.scan(jax.checkpoint(one), state, (segments, jnp.arange(count)))
+        return jnp.moveaxis(out, 0, 1).reshape(batch, count * size, -1)[:, :tokens]
+
+    def step(
+        self, x: Float[Array, "B T D"], state: TitansLayerState, position: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B T D"], TitansLayerState]:
+        """Attends from T >= 1 new tokens, one after another, and remembers them.
+
+        Args:
+          x: the new inputs.
+          state: from `init_state` or the step before.
+          position: number of tokens before.
+
+        Returns:
+          The outputs, the same as `__call__` on the whole sequence, and the state after them.
+
+        Raises:
+          TypeError, ValueError: a shape or the state does not fit.
+        """
+        _check_input(x, self.features)
+        check_state(state, TitansLayerState)
+
+        def one(state: TitansLayerState, inputs: tuple) -> tuple[TitansLayerState, Array]:
+            x, position = inputs
+            x, positions = x[:, None], position[None]
+            place = state.length % self.tokens
+            query = self._split(self.query(x))
+            turned, keys, values, parts = rope(query, positions), [], [], []
+            for i, source in enumerate((self.memory.recall(x, state.memory), x)):
+                key, value = (
+                    jax.lax.dynamic_update_slice_in_dim(old, a.astype(old.dtype), place, axis=1)
+                    for old, a in zip(
+                        (state.keys[i], state.values[i]),
+                        self._keys(source, positions),
+                        strict=True,
+                    )
+                )
+                part = softmax_attention(
+                    turned,
+                    key.astype(query.dtype),
+                    value.astype(query.dtype),
+                    mask=masks.lengths(key=place + 1),
+                    return_residual=True,
+                )
+                keys.append(key)
+                values.append(value)
+                parts.append(part)
+            y = self._merged(query, parts)
+            read, memory = self.memory.step(y, state.memory, position)
+            after = TitansLayerState(memory, tuple(keys), tuple(values), state.length + 1)
+            return after, self._gated(y, read)[:, 0]
+
+        positions = jnp.asarray(position) + jnp.arange(x.shape[1])
+        state, out = jax.lax.scan(one, state, (jnp.moveaxis(x, 1, 0), positions))
+        return jnp.moveaxis(out, 0, 1), state
+
+    @property
+    def _kept(self) -> int:
+        return self.tokens
+
+
+def _check_input(x: Array, features: int) -> None:
+    if x.ndim != 3 or x.shape[-1] != features:
+        raise ValueError(f"x: shape {x.shape} must be [batch, tokens, {features}]")
+
+
+def _unit(x: Array) -> Array:
+    """Heads of length 1, computed in float32 or better; zeros stay zeros."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    norm = jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    return (wide * norm).astype(x.dtype)
