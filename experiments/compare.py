@@ -252,8 +252,7 @@ def state_bytes(model: DecoderConfig, length: int) -> int:
     Raises:
       ValueError: a mechanism has no step form.
     """
-    made = nnx.eval_shape(lambda: DecoderLM(model, rngs=nnx.Rngs(0)))
-    state = jax.eval_shape(lambda: made.init_state(1, length))
+    state = jax.eval_shape(lambda: DecoderLM(model, rngs=nnx.Rngs(0)).init_state(1, length))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.layers))
 
 

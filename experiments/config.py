@@ -185,6 +185,7 @@ def _text_presets() -> dict[str, TextConfig]:
     return {
         "transnormer_llm": TextConfig(model=transnormer_llm(vocab_size=VOCAB_SIZE, **small)),
         "transformer": TextConfig(model=transformer(vocab_size=VOCAB_SIZE, **small)),
+        **_mechanism_presets(small),
         "transnormer_llm_medium": dataclasses.replace(
             accelerator, model=transnormer_llm(vocab_size=VOCAB_SIZE, **medium)
         ),
@@ -200,6 +201,51 @@ def _text_presets() -> dict[str, TextConfig]:
             checkpoint=CheckpointConfig(every=5),
             log=LogConfig(every=1, evaluate_every=10, evaluate_bytes=4096),
         ),
+    }
+
+
+def _mechanism_presets(small: dict[str, int]) -> dict[str, TextConfig]:
+    """A transformer of the same size with another mixer of tokens, by the name of its paper."""
+    based, softmax = "based_linear_attention", "softmax_attention"
+    heads = small["features"] // small["num_heads"]
+    changes: dict[str, dict[str, Any]] = {
+        "transnormer": {
+            "layers": ("diag_attention",) * 2 + ("norm_attention",) * 2,
+            "positions": "lrpe",
+            "feed_forward": "sglu",
+            "options": {"diag_attention.block_size": 64},
+        },
+        "based": {
+            "layers": ("base_conv", based, softmax, "base_conv"),
+            "options": {
+                f"{based}.head_dim": 16,
+                f"{based}.value_dim": heads,
+                f"{based}.positions": None,
+                f"{softmax}.local_window_size": 63,
+            },
+        },
+        "rat": {"mechanism": "rat"},
+        "aaren": {"mechanism": "aaren_attention", "positions": None},
+        "landmark": {"mechanism": "landmark_attention", "options": {"block_size": 16}},
+        # It knows no documents, as titans_mac.
+        "routing": {
+            "mechanism": "routing_attention",
+            "options": {"shared_qk": True},
+            "documents": "together",
+        },
+        "combiner": {"mechanism": "combiner_attention", "options": {"span_size": 16}},
+        "mamba": {"mechanism": "mamba"},
+        "titans_mac": {
+            "mechanism": "titans_mac",
+            "options": {"segment": 64},
+            "documents": "together",
+        },
+        "titans_mag": {"mechanism": "titans_mag", "options": {"window": 64}},
+        "titans_mal": {"mechanism": "titans_mal", "options": {"window": 64}},
+    }
+    return {
+        name: TextConfig(model=transformer(vocab_size=VOCAB_SIZE, **small, **own))
+        for name, own in changes.items()
     }
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments import config as configs
-from experiments.config import MeshConfig
+from experiments.config import MeshConfig, TextConfig
 from experiments.data.text import BOS, VOCAB_SIZE
 from experiments.errors import USAGE, ExperimentError, run_command
 from experiments.evaluate import load_model
@@ -66,6 +66,15 @@ def generate(config: GenerateConfig) -> Iterator[str]:
     """
     _check(config)
     run = configs.load(config.run)
+    if not isinstance(run, TextConfig):
+        raise ExperimentError(
+            f"run: {config.run} is of the task {configs.task_of(run)!r}; only models of text "
+            "generate it"
+        )
+    try:
+        jax.eval_shape(lambda: DecoderLM(run.model, rngs=nnx.Rngs(0)).init_state(1, 1))
+    except ValueError as error:
+        raise ExperimentError(f"run: {config.run} cannot generate: {error}") from error
     # One sequence does not fill several devices: sampling uses the first alone.
     with jax.default_device(jax.local_devices()[0]):
         _, _, parameters, _ = load_model(config.run, run, config.checkpoint, MeshConfig())

@@ -14,7 +14,7 @@ from pathlib import Path
 from experiments import config as configs
 from experiments.checkpoint import complete_steps
 from experiments.config import TextConfig
-from experiments.errors import run_command
+from experiments.errors import ExperimentError, run_command
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.generate import GenerateConfig, generate
 from experiments.record import plot
@@ -38,8 +38,11 @@ def main() -> None:
     baselines = dict(list(evaluation.values.items())[1:])
     picture = plot(run, evaluation.task, baselines)
     prompt = "def "
-    print(f"a sample (temperature 0.8, after {prompt!r}):\n")
-    print("    " + (prompt + "".join(generate(GenerateConfig(run)))).replace("\n", "\n    "))
+    try:
+        sample = (prompt + "".join(generate(GenerateConfig(run)))).replace("\n", "\n    ")
+        print(f"a sample (temperature 0.8, after {prompt!r}):\n\n    {sample}")
+    except ExperimentError as error:  # a mechanism without a step form
+        print(f"no sample: {error}")
     other = "transformer" if config.preset != "transformer" else "transnormer_llm"
     print(
         f"\ncheckpoint  {run / 'checkpoints' / str(outcome.step)}\n"

@@ -102,6 +102,9 @@ class DecoderConfig:
     hidden_features: int | None = None
     """Width inside the feed-forward; None: 8/3 of `features`, rounded up to a multiple of 64 (4 of
     them for gelu)."""
+    documents: Literal["apart", "together"] = "apart"
+    """Whether documents that are packed into a row see each other: as mechanisms must that know no
+    documents, such as routing_attention."""
     tie_embeddings: bool = False
     """Whether the head uses the embedding's weights."""
     scale_embedding: bool = False
@@ -273,10 +276,11 @@ def _mixer(
             **config.layer_settings(layer),
             **shared,
         )
-    options, known = config.mixer_options(layer), inspect.signature(MIXERS[name]).parameters
+    options = config.mixer_options(layer)
+    known = inspect.signature(MIXERS[name].__init__).parameters
     for option in options:
         if option not in known or option in shared:
-            free = ", ".join(known.keys() - {"features", *shared})
+            free = ", ".join(n for n in known if n not in ("self", "features", *shared))
             raise ValueError(f"options: {option!r} is not an option of {name}, which has {free}")
     if "num_heads" in known:
         options.setdefault("num_heads", config.num_heads)
@@ -392,7 +396,8 @@ class DecoderLM(nnx.Module):
 
         Args:
           tokens: ids in [0, vocab_size); larger ones give NaN.
-          segment_ids: document of every token; documents packed into one row do not see each other.
+          segment_ids: document of every token; documents packed into one row do not see each other,
+            unless the configuration lets them.
 
         Raises:
           ValueError: a shape does not fit.
@@ -403,6 +408,8 @@ class DecoderLM(nnx.Module):
             raise ValueError(
                 f"segment_ids: shape {segment_ids.shape} must be {tokens.shape}, that of tokens"
             )
+        if self.config.documents == "together":
+            segment_ids = None
         x = self._embed(tokens)
         for _, blocks in itertools.groupby(self.layers, _structure):
             x = self._apply(list(blocks), x, segment_ids)
