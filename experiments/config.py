@@ -250,8 +250,8 @@ def _mechanism_presets(small: dict[str, int]) -> dict[str, TextConfig]:
 
 
 def _mqar_presets() -> dict[str, MqarConfig]:
-    model = transformer(vocab_size=256, num_layers=3, num_heads=2, features=64)
-    data = MqarDataConfig(vocab_size=256, length=64, pairs=8)
+    model = transformer(vocab_size=128, num_layers=3, num_heads=2, features=64)
+    data = MqarDataConfig(vocab_size=128, length=64, pairs=16, evaluate_lengths=(128, 256))
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=100)
     log = LogConfig(every=50, evaluate_every=250)
     mqar = MqarConfig(model=model, data=data, optimizer=optimizer, log=log)
