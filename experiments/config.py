@@ -226,7 +226,7 @@ def _mechanism_presets(small: dict[str, int]) -> dict[str, TextConfig]:
         },
         "rat": {"mechanism": "rat"},
         "aaren": {"mechanism": "aaren_attention", "positions": None},
-        "landmark": {"mechanism": "landmark_attention", "options": {"block_size": 16}},
+        "landmark": {"mechanism": "landmark_attention", "landmarks": 15},
         # It knows no documents, as titans_mac.
         "routing": {
             "mechanism": "routing_attention",

@@ -105,6 +105,9 @@ class DecoderConfig:
     documents: Literal["apart", "together"] = "apart"
     """Whether documents that are packed into a row see each other: as mechanisms must that know no
     documents, such as routing_attention."""
+    landmarks: int | None = None
+    """Tokens between two landmarks: behind so many of a row comes a learned landmark, which
+    landmark_attention needs in place of its every block_size-th token; None: none."""
     tie_embeddings: bool = False
     """Whether the head uses the embedding's weights."""
     scale_embedding: bool = False
@@ -138,6 +141,10 @@ class DecoderConfig:
                     f"options: {name!r}, but no layer is {owner!r}; they are "
                     f"{', '.join(dict.fromkeys(self.mixers))}"
                 )
+        if self.landmarks is not None:
+            check_positive(landmarks=self.landmarks)
+            if "landmark_attention" not in self.mixers:
+                raise ValueError("landmarks: are for landmark_attention, which no layer has")
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"num_kv_heads: {self.kv_heads} must divide the {self.num_heads} heads of num_heads"
@@ -203,6 +210,8 @@ class DecoderConfig:
         if takes_slopes and self.decay is not None:
             heads = self.layer_settings(layer)["num_heads"]
             options["slopes"] = transnormer_slopes(layer, self.num_layers, heads, self.decay)
+        if self.landmarks is not None and self.mixers[layer] == "landmark_attention":
+            options["block_size"] = self.landmarks + 1
         shared = {name: x for name, x in self.options.items() if "." not in name}
         own = {name: x for name, x in self._own(layer).items() if name not in _LAYER_SETTINGS}
         return options | shared | own
@@ -374,6 +383,8 @@ class DecoderLM(nnx.Module):
             embedding_init=EMBEDDING_INIT,
             rngs=rngs,
         )
+        if config.landmarks is not None:
+            self.landmark = nnx.Param(EMBEDDING_INIT(rngs.params(), (1, config.features)))
         self.layers = nnx.List(
             DecoderBlock(config, layer, rngs=rngs) for layer in range(config.num_layers)
         )
@@ -410,9 +421,13 @@ class DecoderLM(nnx.Module):
             )
         if self.config.documents == "together":
             segment_ids = None
-        x = self._embed(tokens)
+        x, options = self._embed(tokens), {}
+        if self.config.landmarks is not None:
+            x, segment_ids, options = self._with_landmarks(x, segment_ids)
         for _, blocks in itertools.groupby(self.layers, _structure):
-            x = self._apply(list(blocks), x, segment_ids)
+            x = self._apply(list(blocks), x, segment_ids, options)
+        if self.config.landmarks is not None:
+            x = x[:, ~options["is_landmark"][0]]
         return self._logits(x)
 
     def heads(self, tokens: Int[Array, "B T"]) -> list[tuple[Array, Array, Array]]:
@@ -445,6 +460,8 @@ class DecoderLM(nnx.Module):
           ValueError: the mechanism has no step form.
         """
         check_positive(batch=batch, max_length=max_length)
+        if self.config.landmarks is not None:
+            max_length += max_length // self.config.landmarks
         layers = (layer.attention.init_state(batch, max_length) for layer in self.layers)
         return DecoderState(jnp.zeros((), jnp.int32), tuple(layers))
 
@@ -465,14 +482,62 @@ class DecoderLM(nnx.Module):
           TypeError: tokens are not integers.
         """
         _check_tokens(tokens)
-        x, states = self._embed(tokens), []
-        for block, block_state in zip(self.layers, state.layers, strict=True):
-            x, block_state = block.step(x, block_state, state.position)
-            states.append(block_state)
-        return self._logits(x), DecoderState(state.position + tokens.shape[1], tuple(states))
+        if self.config.landmarks is not None:
+            return self._step_with_landmarks(self._embed(tokens), state)
+        x, layers = self._through(self._embed(tokens), state.layers, state.position)
+        return self._logits(x), DecoderState(state.position + tokens.shape[1], layers)
+
+    def _through(
+        self, x: Array, states: tuple[Any, ...], position: Array
+    ) -> tuple[Array, tuple[Any, ...]]:
+        """Takes new tokens through all layers, whose states are given."""
+        after = []
+        for block, state in zip(self.layers, states, strict=True):
+            x, state = block.step(x, state, position)
+            after.append(state)
+        return x, tuple(after)
+
+    def _with_landmarks(
+        self, x: Array, segment_ids: Array | None
+    ) -> tuple[Array, Array | None, dict[str, Any]]:
+        """Puts landmarks behind tokens: embeddings, documents, and options that say where."""
+        (batch, tokens, _), size = x.shape, self.config.landmarks
+        count = tokens // size
+        # A landmark comes from behind the rows: of each place, the token that stands there.
+        place = np.arange(tokens + count)
+        is_landmark = place % (size + 1) == size
+        source = np.minimum(place - place // (size + 1), tokens - 1)
+        if segment_ids is not None:
+            segment_ids = segment_ids[:, source - is_landmark]
+        landmark = self._scaled(self.landmark[...])
+        x = jnp.where(is_landmark[:, None], landmark, x[:, source])
+        where = np.broadcast_to(is_landmark, (batch, len(place)))
+        return x, segment_ids, {"is_landmark": where, "num_landmarks": max(count, 1)}
+
+    def _step_with_landmarks(self, x: Array, state: DecoderState) -> tuple[Array, DecoderState]:
+        """Takes new tokens one by one, and a landmark where one is due."""
+        size = self.config.landmarks
+        landmark = jnp.broadcast_to(self._scaled(self.landmark[...]), (len(x), 1, x.shape[2]))
+
+        def one(state: DecoderState, x: Array) -> tuple[DecoderState, Array]:
+            count = state.position + 1
+            place = state.position + state.position // size
+            x, layers = self._through(x[:, None], state.layers, place)
+            layers = jax.lax.cond(
+                count % size == 0,
+                lambda layers: self._through(landmark, layers, place + 1)[1],
+                lambda layers: layers,
+                layers,
+            )
+            return DecoderState(count, layers), self._logits(x)[:, 0]
+
+        state, logits = jax.lax.scan(one, state, x.swapaxes(0, 1))
+        return logits.swapaxes(0, 1), state
 
     def _embed(self, tokens: Array) -> Array:
-        x = self.embed(tokens)
+        return self._scaled(self.embed(tokens))
+
+    def _scaled(self, x: Array) -> Array:
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.features)
         return x.astype(self.config.compute_dtype)
@@ -484,7 +549,13 @@ class DecoderLM(nnx.Module):
         embedding = self.embed.embedding[...].astype(x.dtype)
         return jnp.matmul(x, embedding.T, preferred_element_type=jnp.float32)
 
-    def _apply(self, blocks: Sequence[DecoderBlock], x: Array, segment_ids: Array | None) -> Array:
+    def _apply(
+        self,
+        blocks: Sequence[DecoderBlock],
+        x: Array,
+        segment_ids: Array | None,
+        landmarks: dict[str, Any],
+    ) -> Array:
         """Applies blocks of equal structure, one after the other.
 
         They are one function of their parameters and of their slopes, the one option that differs
@@ -495,6 +566,8 @@ class DecoderLM(nnx.Module):
         def apply(x: Array, layer: tuple[Any, dict[str, Array]]) -> tuple[Array, None]:
             parameters, options = layer
             block = nnx.merge(graph, parameters)
+            if getattr(block.attention, "mechanism", None) == "landmark_attention":
+                options = options | landmarks
             return block(x, segment_ids=segment_ids, options=options), None
 
         scan = self.config.scan_layers and len(blocks) > 1

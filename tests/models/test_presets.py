@@ -20,14 +20,13 @@ SMALL = {
     "transnormer": {"diag_attention.block_size": 4},
     "based": {"based_linear_attention.value_dim": 4, "softmax_attention.local_window_size": 3},
     "rat": {"chunk_size": 4},
-    "landmark": {"block_size": 4},
     "routing": {"num_clusters": 3, "window": 4},
     "combiner": {"span_size": 4},
     "titans_mac": {"segment": 4},
     "titans_mag": {"window": 4, "chunk_size": 4},
     "titans_mal": {"window": 4, "chunk_size": 4},
 }
-NAMES = [*SMALL, "aaren", "mamba"]
+NAMES = [*SMALL, "landmark", "aaren", "mamba"]
 
 
 def model_of(name):
@@ -42,6 +41,7 @@ def model_of(name):
         num_heads=2,
         num_layers=len(kinds),
         layers=kinds if config.layers else (),
+        landmarks=3 if name == "landmark" else None,
         options=config.options | SMALL.get(name, {}),
     )
     return DecoderLM(config, rngs=nnx.Rngs(0))
