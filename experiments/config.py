@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from experiments.data.mqar import MqarDataConfig
+from experiments.data.needle import NeedleDataConfig
 from experiments.data.text import VOCAB_SIZE, TextDataConfig
 from experiments.errors import USAGE, ExperimentError
 from models.language import DecoderConfig, transformer, transnormer_llm
@@ -147,7 +148,25 @@ class MqarConfig(RunConfig):
     data: MqarDataConfig = field(default_factory=MqarDataConfig)
 
 
-CONFIGS: dict[str, type[RunConfig]] = {"text": TextConfig, "mqar": MqarConfig}
+@dataclass(frozen=True)
+class NeedleConfig(RunConfig):
+    """A model that finds a needle in a haystack: a few values at any depth of a sequence."""
+
+    preset: str = "needle"
+    """Named set of defaults; `--help` shows the defaults of the preset that stands before it."""
+    steps: int = 600
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Sequences in a step, over all devices and processes."""
+    model: DecoderConfig = field(default_factory=lambda: transformer(vocab_size=VOCAB_SIZE))
+    data: NeedleDataConfig = field(default_factory=NeedleDataConfig)
+
+
+CONFIGS: dict[str, type[RunConfig]] = {
+    "text": TextConfig,
+    "mqar": MqarConfig,
+    "needle": NeedleConfig,
+}
 
 
 # Fields that may differ between a run and its resumption: where it runs and what it prints, not
@@ -278,7 +297,49 @@ def _mqar_presets() -> dict[str, MqarConfig]:
     }
 
 
-PRESETS = {"text": _text_presets, "mqar": _mqar_presets}
+def _needle_presets() -> dict[str, NeedleConfig]:
+    # Without positions, what was learned holds at any length; the convolutions tell neighbours.
+    model = transformer(
+        vocab_size=64,
+        num_layers=4,
+        num_heads=2,
+        features=64,
+        positions=None,
+        layers=("base_conv", "landmark_attention"),
+        landmarks=15,
+    )
+    hip = {"mask_k": 64, "block_q": 16, "block_k": 2, "group": 4, "window": 32, "sinks": 4}
+    needle = NeedleConfig(
+        model=model,
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+        log=LogConfig(every=50, evaluate_every=200),
+    )
+    return {
+        "needle": needle,
+        "needle_hip": dataclasses.replace(
+            needle,
+            model=dataclasses.replace(
+                model,
+                landmarks=None,
+                layers=("base_conv", "hip_attention"),
+                options={f"hip_attention.{name}": value for name, value in hip.items()},
+            ),
+        ),
+        "tiny": dataclasses.replace(
+            needle,
+            steps=20,
+            batch_size=8,
+            model=dataclasses.replace(model, features=16, landmarks=3, num_layers=2),
+            data=NeedleDataConfig(
+                length=16, evaluate_examples=8, evaluate_lengths=(16, 32), evaluate_depths=(0, 1)
+            ),
+            checkpoint=CheckpointConfig(every=5),
+            log=LogConfig(every=1, evaluate_every=10),
+        ),
+    }
+
+
+PRESETS = {"text": _text_presets, "mqar": _mqar_presets, "needle": _needle_presets}
 
 
 def parse(arguments: list[str], program: str, task: str = "text") -> Any:

@@ -56,6 +56,8 @@ class Evaluation:
     values: dict[str, float]
     """The task's measure by name: the model under its mechanism's, then the model on further data
     or baselines on the same."""
+    picture: Path | None = None
+    """Where a plot of the values is, if they have one."""
 
     def print(self) -> None:
         """Shows the table."""
@@ -66,6 +68,8 @@ class Evaluation:
         for name, value in self.values.items():
             table.add_row(name, f"{value:.4f}")
         Console().print(table)
+        if self.picture is not None:
+            print(f"plot  {self.picture}")
 
     def write(self, run: Path) -> None:
         """Writes `evaluation.json` beside a run.
@@ -108,7 +112,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         raise ExperimentError(f"data: {error}") from error
     evaluation = Evaluation(step, task, targets[0], values)
     evaluation.write(config.run)
-    return evaluation
+    try:
+        picture = task.plot(run, values, config.run)
+    except OSError as error:
+        raise ExperimentError(f"cannot write to {config.run}: {error}") from error
+    return dataclasses.replace(evaluation, picture=picture)
 
 
 def _baselines(run: TextConfig, max_bytes: int | None, count: int) -> dict[str, float]:

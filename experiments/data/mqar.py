@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
-import grain
 import numpy as np
-from jaxtyping import Float, Int
 
+from experiments.data.made import SPLITS, check_split
 from models.checks import check_positive
-
-_SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +89,10 @@ class MqarExamples:
         count: int,
         length: int | None = None,
     ):
-        if split not in _SPLITS:
-            raise ValueError(f"split: {split!r} must be one of {', '.join(_SPLITS)}")
-        if seed < 0:
-            raise ValueError(f"seed: {seed} must be at least 0")
+        check_split(split, seed)
         self._config, self._count = config, count
         self._length = config.length if length is None else length
-        self._seed = (_SPLITS.index(split), seed)
+        self._seed = (SPLITS.index(split), seed)
         space = (self._length - 2 * config.pairs) // 2
         weights = np.arange(1, space + 1) ** (config.power - 1.0)
         self._probability = weights / weights.sum()
@@ -125,52 +118,3 @@ class MqarExamples:
         targets, weights = np.zeros(length, np.int32), np.zeros(length, np.float32)
         targets[places], weights[places] = values, 1
         return {"tokens": tokens, "targets": targets, "weights": weights}
-
-
-def train_dataset(
-    config: MqarDataConfig,
-    *,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.IterDataset[dict[str, np.ndarray]]:
-    """Batches of ever new sequences; the iterator's state can be saved after any of them.
-
-    Args:
-      config: the task.
-      batch_size: sequences in a batch of this process.
-      seed: determines the sequences, >= 0.
-      process_index: which part of the sequences, from 0.
-      process_count: number of parts.
-    """
-    examples = MqarExamples(config, "train", seed=seed, count=2**40)
-    dataset = grain.MapDataset.source(examples)[process_index::process_count]
-    # One thread: what it would read ahead takes microseconds to make.
-    read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return dataset.to_iter_dataset(read).batch(batch_size, drop_remainder=True)
-
-
-def evaluation_batches(
-    config: MqarDataConfig,
-    split: str,
-    *,
-    batch_size: int,
-    seed: int = 0,
-    length: int | None = None,
-) -> Iterator[dict[str, Int[np.ndarray, "B T"] | Float[np.ndarray, "B T"]]]:
-    """Batches of a split's sequences, each once; the last is filled up with targets of weight 0.
-
-    Args:
-      config: the task.
-      split: "validation" or "test".
-      batch_size: sequences in a batch.
-      seed: determines the sequences, >= 0.
-      length: tokens of a sequence; None for the configuration's.
-    """
-    examples = MqarExamples(config, split, seed=seed, count=config.evaluate_examples, length=length)
-    for first in range(0, len(examples), batch_size):
-        rows = [examples[min(i, len(examples) - 1)] for i in range(first, first + batch_size)]
-        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        batch["weights"][len(examples) - first :] = 0
-        yield batch

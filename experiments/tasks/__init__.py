@@ -6,12 +6,15 @@ from types import MappingProxyType
 
 from experiments.config import RunConfig, task_of
 from experiments.tasks.mqar import MqarTask
+from experiments.tasks.needle import NeedleTask
 from experiments.tasks.task import Means, Sums, Task
 from experiments.tasks.text import TextTask
 
 __all__ = ["TASKS", "Means", "Sums", "Task", "of"]
 
-TASKS: MappingProxyType[str, Task] = MappingProxyType({"text": TextTask(), "mqar": MqarTask()})
+TASKS: MappingProxyType[str, Task] = MappingProxyType(
+    {"text": TextTask(), "mqar": MqarTask(), "needle": NeedleTask()}
+)
 
 
 def of(config: RunConfig) -> Task:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from experiments.config import MqarConfig
 from experiments.data import mqar
+from experiments.data.made import ENDLESS, padded_batches, train_batches
 from experiments.errors import ExperimentError
 from experiments.tasks.task import Sums, Task
 from models.language import DecoderConfig, DecoderLM
@@ -50,10 +51,10 @@ class MqarTask(Task):
         self, config: MqarConfig, *, batch_size: int, process_index: int, process_count: int
     ) -> grain.IterDataset[dict[str, np.ndarray]]:
         """Ever new sequences."""
-        return mqar.train_dataset(
-            config.data,
+        examples = mqar.MqarExamples(config.data, "train", seed=config.seed, count=ENDLESS)
+        return train_batches(
+            examples,
             batch_size=batch_size,
-            seed=config.seed,
             process_index=process_index,
             process_count=process_count,
         )
@@ -62,9 +63,9 @@ class MqarTask(Task):
         self, config: MqarConfig, split: str, length: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """The same sequences in every run, of the configuration's length or of another."""
-        return mqar.evaluation_batches(
-            config.data, split, batch_size=config.batch_size, length=length
-        )
+        count = config.data.evaluate_examples
+        examples = mqar.MqarExamples(config.data, split, seed=0, count=count, length=length)
+        return padded_batches(examples, config.batch_size)
 
     def test_data(
         self, config: MqarConfig, max_bytes: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -72,6 +73,16 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def units(self, config: Any) -> tuple[int, str]:
         """How many tokens a step has, and the data in words, such as "8 x 256 bytes of lm1b"."""
+
+    def plot(self, config: Any, values: dict[str, float], run: Path) -> Path | None:
+        """Draws what was measured of a run on its test data; None where there is nothing to draw.
+
+        Args:
+          config: the configuration.
+          values: the measure by the labels of `test_data`, each with the model's name before it.
+          run: directory to write to.
+        """
+        del config, values, run
 
     def measures(self, means: Means) -> dict[str, float]:
         """What is written down of the means over a batch or a split."""
