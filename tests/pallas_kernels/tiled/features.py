@@ -146,20 +146,25 @@ SEGMENTS = masks.segments(_ids(1, T), _ids(1, S))
 LENGTHS = masks.lengths(np.array([T, 90]), np.array([3, 190]))
 GROUPED = {"heads": 4, "key_heads": 2}
 
-# Every program takes seconds to compile, so terms of scores are tried together with masks, and
-# block lists with either: none of them knows of the others.
+# Every program takes seconds to compile, so a call has as many features as it can hold: a term of
+# scores or a mask changes what any other one gives, and a wrong one shows in the results of all.
 SCORES = {
-    "scale of zero, dense of queries, of keys": Call(
+    "scale of zero, sink of rows, dense of queries, of keys, dilated": Call(
         {
             "scale": 0.0,
-            "mask": masks.dense(_some(1, 2, T, 1)) & masks.dense(_some(2, 1, 1, S)),
+            "sink": normal(6, 2, T, 2),
+            "mask": masks.dense(_some(1, 2, T, 1))
+            & masks.dense(_some(2, 1, 1, S))
+            & masks.dilated(3, 1),
         },
         batch=2,
     ),
-    "negative scale, segments of one sequence": Call(
-        {"scale": -0.3, "mask": masks.segments(_ids(1, T))}, keys=T
+    "negative scale, causal, window, bfloat16": Call(
+        {"scale": -0.3, "mask": masks.causal(50) & masks.window(90, 5, 20)},
+        dtype=jnp.bfloat16,
+        **GROUPED,
     ),
-    "soft cap, bias of keys, lengths": Call(
+    "soft cap, bias of keys, lengths, fewer key heads": Call(
         {
             "logits_soft_cap": 1.5,
             "scale": 0.5,
@@ -167,57 +172,59 @@ SCORES = {
             "mask": LENGTHS,
         },
         batch=2,
+        heads=4,
+        key_heads=2,
+        value_heads=4,
+        features=64,
+        width=16,
     ),
-    "bias of queries, sink, dynamic window": Call(
-        {
-            "bias": normal(5, 1, 2, T, 1),
-            "sink": SINK,
-            "mask": masks.window(np.array([2, 90]), None, OFFSET),
-        },
-        batch=2,
-    ),
-    "alibi with offsets, causal, grouped": Call(
+    "alibi with offsets, causal, segments of one sequence, grouped": Call(
         {
             "alibi_slopes": np.float32([0.5, 0.2, 0.1, 0.0]),
             "query_offset": OFFSET,
-            "mask": masks.causal(30),
+            "mask": masks.causal(30) & masks.segments(_ids(1, T)),
         },
         batch=2,
+        keys=T,
         **GROUPED,
     ),
-    "sink of rows, bias of heads, dilated": Call(
-        {"sink": normal(6, 2, T, 2), "bias": normal(5, 1, 2, 1, 1), "mask": masks.dilated(3, 1)},
-        batch=2,
+    "bounded, sink, segments, dense of heads, fewer value heads": Call(
+        {
+            "logits_bound": 30.0,
+            "sink": np.float32([-1, 3, 0, 1]),
+            "scale": 0.2,
+            "mask": SEGMENTS & masks.dense(_some(1, 4, T, S)),
+        },
+        heads=4,
+        key_heads=4,
+        value_heads=2,
+        width=64,
     ),
-    "bounded, sink, segments": Call(
-        {"logits_bound": 30.0, "sink": SINK, "scale": 0.2, "mask": SEGMENTS}
+    "one query, bounded by a soft cap, logit bias": Call(
+        {"logits_soft_cap": 2.0, "logit_bias": 1.5}, queries=1, keys=300, batch=2, **GROUPED
     ),
-    "bounded by a soft cap, window": Call(
-        {"logits_soft_cap": 2.0, "logit_bias": 1.5, "mask": masks.window(60, 5, 20)}
-    ),
-    "sigmoid, traced logit bias, segments of heads": Call(
+    "few, sigmoid, traced logit bias, segments of key heads, float16": Call(
         {
             "weights": "sigmoid",
             "logit_bias": jnp.float32(-3),
-            "mask": masks.segments(_ids(1, 2, T), _ids(1, 2, S) - 1),
-        }
+            "mask": masks.segments(_ids(1, 2, 7), _ids(1, 2, 9) - 1),
+        },
+        batch=2,
+        queries=7,
+        keys=9,
+        dtype=jnp.float16,
+        **GROUPED,
     ),
-    "normalised sigmoid, alibi, causal that hides": Call(
-        {
-            "weights": "sigmoid",
-            "normalise": True,
-            "alibi_slopes": SLOPES,
-            "mask": masks.causal(-40),
-        }
-    ),
-    "softplus, rule": Call(
+    "softplus, bias of queries, sink, rule, dynamic window": Call(
         {
             "weights": "softplus",
-            "mask": masks.rule(jnp.less, normal(7, 2, 2, T), normal(8, 1, S)),
+            "bias": normal(5, 1, 2, T, 1),
+            "sink": SINK,
+            "mask": masks.rule(jnp.less, normal(7, 2, 2, T), normal(8, 1, S))
+            & masks.window(np.array([2, 90]), None, OFFSET),
         },
         batch=2,
     ),
-    "relu, sink, bias": Call({"weights": "relu", "sink": SINK, "bias": normal(5, 1, 2, T, S)}),
     "relu as it is, prefix": Call(
         {
             "weights": "relu",
@@ -231,7 +238,7 @@ SCORES = {
             "scale": 0.5,
             "logits_soft_cap": 3.0,
             "logit_bias": 0.5,
-            "bias": normal(5, 1, 2, T, S),
+            "bias": normal(5, 2, 1, T, S),
             "alibi_slopes": SLOPES,
             "sink": SINK,
             "query_offset": OFFSET,
@@ -244,29 +251,19 @@ SCORES = {
         },
         batch=2,
     ),
-}
-STATISTIC = normal(6, 2, T, 2)
-TWO_PASSES = {
-    "statistic of heads, soft cap, causal": Call(
-        {"row_statistic": SINK, "logits_soft_cap": 2.0, "mask": masks.causal(-20)}
+    # Of keys that fill their tiles none is masked.
+    "reweighted softmax, 80 features, whole tiles": Call(
+        {"row_statistic": 5 + normal(6, 1, T, 3), "reweight": (2.0, 0.0)},
+        heads=3,
+        key_heads=1,
+        features=80,
+        width=96,
+        keys=256,
     ),
-    "statistic of a sigmoid, bias of batch": Call(
-        {"weights": "sigmoid", "row_statistic": STATISTIC, "bias": normal(5, 2, 1, T, S)}, batch=2
-    ),
-    "reweighted softmax": Call({"row_statistic": 5 + STATISTIC[:1], "reweight": (2.0, 0.0)}),
-    "reweighted softplus": Call(
+    "reweighted softplus, alibi, bfloat16": Call(
         {
             "weights": "softplus",
-            "row_statistic": -0.3 + 0.1 * STATISTIC.at[:, 100].set(-jnp.inf),
-            "reweight": (3.0, 0.5),
-            "mask": masks.causal(OFFSET),
-        },
-        batch=2,
-    ),
-    "reweighted relu": Call(
-        {
-            "weights": "relu",
-            "row_statistic": -1 + 0.1 * SINK,
+            "row_statistic": -0.3 + 0.1 * SINK,
             "reweight": (1.0, 0.5),
             "alibi_slopes": np.float32([0.1, 0.0]),
         },
@@ -275,79 +272,83 @@ TWO_PASSES = {
 }
 # Short blocks are gathered, each by its own copies, which take long to simulate.
 BLOCK_LISTS = {
-    "blocks of 16": block_list(16, 16, queries=40, keys=60, heads=1, key_heads=1),
-    "blocks of 64 by 32, statistic": block_list(
-        64,
-        32,
-        options={"row_statistic": 5 + STATISTIC[:1, :90]},
-        queries=90,
-        keys=150,
-        lists=2,
-        longest=4,
+    "blocks of 16, statistic of heads, soft cap": block_list(
+        16,
+        16,
+        options={"row_statistic": SINK[:1], "logits_soft_cap": 2.0},
+        queries=40,
+        keys=60,
+        heads=1,
+        key_heads=1,
     ),
-    # Tiles of 16 by 64: a third of them each way.
-    "blocks of 48 by 192": block_list(48, 192, queries=60, keys=400, heads=1, key_heads=1),
-    "blocks of 128": block_list(128, 128, queries=300, keys=500),
+    # Tiles of 16 by 32: a third of them each way.
+    "blocks of 48 by 96, statistic of a sigmoid, bias of heads": block_list(
+        48,
+        96,
+        options={
+            "weights": "sigmoid",
+            "row_statistic": normal(6, 1, 60, 2),
+            "bias": normal(5, 1, 2, 1, 1),
+        },
+        queries=60,
+        keys=250,
+        longest=2,
+    ),
     "blocks of 128, of key heads and batch, segments of heads": block_list(
         128,
         128,
-        options={"mask": masks.segments(_ids(1, 4, T), _ids(1, S))},
+        options={"mask": masks.segments(_ids(1, 4, T), _ids(1, 500))},
+        keys=500,
         lists=2,
         batch=2,
         **GROUPED,
     ),
-    "blocks of 128, of key heads, one idle, bfloat16": block_list(
-        128, 128, keys=300, lists=2, idle=True, dtype=jnp.bfloat16, **GROUPED
-    ),
-    "blocks of 256 by 128, terms, causal": block_list(
-        256,
+    "blocks of 128, of key heads, one idle, sigmoid, bfloat16": block_list(
         128,
-        options={
-            "alibi_slopes": SLOPES,
-            "sink": SINK,
-            "bias": normal(5, 1, 2, 1, 300),
-            "query_offset": 40,
-            "mask": masks.causal(20),
-        },
-        queries=300,
+        128,
+        options={"weights": "sigmoid", "logit_bias": -3.0},
         keys=300,
+        lists=2,
+        idle=True,
+        dtype=jnp.bfloat16,
+        **GROUPED,
     ),
-    "blocks of 128 by 256, reweighted softplus": block_list(
-        128,
+    "blocks of 256 by 128, reweighted relu, causal": block_list(
         256,
+        128,
         options={
-            "weights": "softplus",
-            "row_statistic": -0.3 + 0.1 * normal(7, 1, 300, 2),
-            "reweight": (1.0, 0.3),
+            "weights": "relu",
+            "row_statistic": -1 + 0.1 * normal(7, 1, 300, 2).at[:, 100].set(-jnp.inf),
+            "reweight": (3.0, 0.5),
+            "mask": masks.causal(np.array([120])),
         },
         queries=300,
         keys=600,
     ),
-    "blocks, dense": block_list(
+    "blocks of 128 by 256, relu, sink, bias, dense": block_list(
         128,
         256,
-        options={"bias": normal(5, 1, 1, T, 500), "mask": masks.dense(_some(1, 2, T, 500))},
+        options={
+            "weights": "relu",
+            "sink": SINK,
+            "bias": normal(5, 1, 2, T, 500),
+            "mask": masks.dense(_some(1, 2, T, 500)),
+        },
         keys=500,
     ),
-    "two lists": block_list(
-        64, 128, options={"mask": block_list(128, 64, keys=300).options["mask"]}, keys=300, lists=2
-    ),
-    "blocks, sigmoid, bfloat16": block_list(
-        128, 128, options={"weights": "sigmoid", "logit_bias": -3.0}, dtype=jnp.bfloat16
-    ),
-}
-SHAPES = {
-    "fewer value heads, dense of heads": Call(
-        {"mask": masks.dense(_some(1, 4, T, S))}, heads=4, key_heads=4, value_heads=2, width=64
-    ),
-    "fewer key heads": Call(heads=4, key_heads=2, value_heads=4, features=64, width=16),
-    # Of keys that fill their tiles none is masked.
-    "80 features, whole tiles": Call(heads=3, key_heads=1, features=80, width=96, keys=256),
-    "one query": Call(queries=1, keys=300, batch=2, **GROUPED),
-    "few": Call({"mask": masks.causal()}, batch=2, queries=7, keys=7),
-    "causal, bfloat16": Call({"mask": masks.causal(50)}, dtype=jnp.bfloat16, **GROUPED),
-    "segments of key heads, float16": Call(
-        {"mask": masks.segments(_ids(1, 2, T), _ids(1, S))}, dtype=jnp.float16, **GROUPED
+    "two lists, normalised sigmoid, alibi, bias of keys, causal that hides": block_list(
+        64,
+        128,
+        options={
+            "weights": "sigmoid",
+            "normalise": True,
+            "alibi_slopes": SLOPES,
+            "bias": normal(5, 1, 2, 1, 300),
+            "query_offset": 40,
+            "mask": block_list(128, 64, keys=300).options["mask"] & masks.causal(-20),
+        },
+        keys=300,
+        lists=2,
     ),
 }
-FEATURES = SCORES | TWO_PASSES | BLOCK_LISTS | SHAPES
+FEATURES = SCORES | BLOCK_LISTS

@@ -74,7 +74,7 @@ def test_features_of_a_head(features, topology):
 
 
 def test_forward_alone():
-    call = FEATURES["alibi with offsets, causal, grouped"]
+    call = FEATURES["alibi with offsets, causal, segments of one sequence, grouped"]
     assert _kernels(_text(call, call.shapes)) == 1
 
 
@@ -115,7 +115,7 @@ def test_a_gradient_that_the_kernel_lacks_is_made_without_it(monkeypatch):
 
     monkeypatch.setattr(tpu, "supports", supports)
     jax.clear_caches()
-    call = FEATURES["bounded, sink, segments"]
+    call = FEATURES["bounded, sink, segments, dense of heads, fewer value heads"]
     assert _kernels(_text(*_gradients(call))) == 1
     jax.clear_caches()
 
