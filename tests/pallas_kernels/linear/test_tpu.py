@@ -79,7 +79,7 @@ def test_the_order_of_the_grid_does_not_matter():
 
 def test_heads_in_several_steps_of_the_grid():
     """Or no case above has a key that several of them share."""
-    case = TPU_CASES["steps, shared keys"]
+    case = TPU_CASES["steps, shared keys, elu"]
     with interpreted():
         traced = jax.make_jaxpr(lambda x: case.differentiated(x, "pallas_tpu"))(
             case.arrays(np.float32)
