@@ -7,7 +7,6 @@ ever, `evaluation_batches` each byte of a split once, `documents` the bytes them
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator
 
@@ -25,6 +24,7 @@ from experiments.data.packing import (
     segment_ids,
     targets_and_weights,
 )
+from experiments.data.prepare import data_directory
 from experiments.data.texts import TfdsTexts, open_texts
 
 __all__ = [
@@ -62,9 +62,7 @@ class TextDataConfig:
     @property
     def directory(self) -> str:
         """Where prepared data sets are kept."""
-        given = self.data_dir or os.environ.get("TFDS_DATA_DIR")
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return os.path.expanduser(given or os.path.join(cache, "attention_atlas", "tfds"))
+        return data_directory(self.data_dir)
 
 
 def train_dataset(

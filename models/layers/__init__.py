@@ -6,9 +6,10 @@ from models.layers.convolution import CausalDepthwiseConv
 from models.layers.feed_forward import FeedForward
 from models.layers.mamba import MambaBlock
 from models.layers.mixers import MIXERS
-from models.layers.norm import RMSNorm, SRMSNorm
+from models.layers.norm import LayerNorm, RMSNorm, SRMSNorm
 from models.layers.rat import RATLayer
 from models.layers.titans import TitansMAC, TitansMAG, TitansMAL, TitansMemory
+from models.layers.vision_attention import GridAttentionLayer
 
 __all__ = [
     "MIXERS",
@@ -16,6 +17,8 @@ __all__ = [
     "BaseConv",
     "CausalDepthwiseConv",
     "FeedForward",
+    "GridAttentionLayer",
+    "LayerNorm",
     "MambaBlock",
     "RATLayer",
     "RMSNorm",

@@ -197,8 +197,13 @@ class AttentionLayer(nnx.Module):
                 raise ValueError(f"segment_ids: {self.mechanism} takes no packed documents")
             keywords["segment_ids"] = segment_ids
         query, key, value = self.heads(x, positions)
-        out = record.function(query, key, value, **keywords)
-        return self._project_out(x, out)
+        return self._project_out(x, self._attend(query, key, value, keywords))
+
+    def _attend(
+        self, query: Array, key: Array, value: Array, keywords: Mapping[str, Any]
+    ) -> Float[Array, "B T N V"]:
+        """What the mechanism makes of whole sequences; layers that add to it do it here."""
+        return self._record.function(query, key, value, **keywords)
 
     def init_state(self, batch: int, max_length: int, dtype: Dtype | None = None) -> Any:
         """The mechanism's state before the first token, for `step`.

@@ -1,6 +1,6 @@
-"""Root mean square normalisation, with a learned gain and without parameters.
+"""Root mean square normalisation, with a learned gain and without parameters, and LayerNorm.
 
-Both are `nnx.RMSNorm` under this library's dtype policy: mean, root and gain are computed in
+All are those of Flax under this library's dtype policy: mean, root and gain are computed in
 float32 (float64 for float64 input), and the result is rounded to the input's dtype.
 """
 
@@ -57,6 +57,33 @@ class SRMSNorm(nnx.RMSNorm):
 
     def __init__(self, features: int, *, epsilon: float = 1e-6, rngs: nnx.Rngs):
         super().__init__(features, epsilon=epsilon, use_scale=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis; the result has the dtype of `x`."""
+        return super().__call__(x).astype(x.dtype)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """`(x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias` over the last axis.
+
+    Source: Ba et al., Layer Normalization (2016).
+
+    Args:
+      features: channels of the last axis.
+      epsilon: added to the variance; 1e-6 by default.
+      param_dtype: dtype of gain and bias, which start at 1 and 0; float32 by default.
+      rngs: not drawn from, as both start constant.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        epsilon: float = 1e-6,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(features, epsilon=epsilon, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis; the result has the dtype of `x`."""
