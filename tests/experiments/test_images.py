@@ -276,8 +276,8 @@ MODEL = ViTConfig(patch_size=4, features=32, num_layers=1, num_heads=2)
 
 
 def test_training_learns_the_digits(digits, quick_compilation):
-    """The loss of images that were not seen falls far below that of guessing, on a mesh."""
-    task, steps = ImagesTask(), 30
+    """The loss of images that were not seen falls well below that of guessing, on a mesh."""
+    task, steps = ImagesTask(), 20
     config = types.SimpleNamespace(
         model=MODEL, data=dataclasses.replace(digits, shift=0), batch_size=64, seed=0
     )
@@ -300,7 +300,7 @@ def test_training_learns_the_digits(digits, quick_compilation):
             total += [sums["loss"], sums["accuracy"], count]
     assert abs(losses[0] - np.log(10)) < 0.7
     assert total[2] == 179
-    assert total[0] / 179 < 1.1 and total[1] / 179 > 0.6
+    assert total[0] / 179 < 1.7 and total[1] / 179 > 0.35
     kernel = state.parameters["layers"][0]["attention"]["query"]["kernel"]
     assert "tensor" in str(kernel.get_value().sharding.spec)
 

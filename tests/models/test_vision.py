@@ -231,17 +231,17 @@ def test_bfloat16_and_odd_sides():
     assert_close(rounded, logits, jnp.bfloat16, factor=3)
 
 
-def test_remat_changes_no_gradient():
-    def loss(model, images):
-        return jnp.sum(model(images) ** 2)
+def test_remat_computes_blocks_again():
+    def program(remat):
+        config = dataclasses.replace(SMALL, remat=remat)
+        graph, state = nnx.split(make(config))
 
-    config = dataclasses.replace(SMALL, num_layers=1)
-    model, images = make(config), images_of(config)
-    gradient = nnx.jit(nnx.grad(loss))
-    again = with_parameters_of(model, dataclasses.replace(config, remat=True))
-    expected = gradient(model, images)
-    assert all((np.asarray(x) != 0).any() for x in jax.tree.leaves(expected))
-    assert_close(gradient(again, images), expected)
+        def loss(state):
+            return jnp.sum(nnx.merge(graph, state)(images_of(config)))
+
+        return str(jax.make_jaxpr(jax.grad(loss))(state))
+
+    assert program(True).count("remat") >= SMALL.num_layers and "remat" not in program(False)
 
 
 VARIANTS = {
@@ -304,7 +304,13 @@ def test_layers_of_mechanisms_with_weights(name):
         )
     else:
         stages = tuple(
-            dataclasses.replace(s, depth=1, features=4 * s.num_heads, hidden_features=8)
+            dataclasses.replace(
+                s,
+                depth=1,
+                features=4 * s.num_heads,
+                hidden_features=8,
+                options={"inverse": "solve"},
+            )
             for s in config.stages[1:2]
         )
         config = dataclasses.replace(config, stages=stages)
