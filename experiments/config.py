@@ -13,11 +13,15 @@ from typing import Any
 
 import tyro
 
+from experiments.data.images import ImageDataConfig
 from experiments.data.mqar import MqarDataConfig
 from experiments.data.needle import NeedleDataConfig
+from experiments.data.series import SeriesDataConfig
 from experiments.data.text import VOCAB_SIZE, TextDataConfig
 from experiments.errors import USAGE, ExperimentError
+from models.forecasting import ForecasterConfig
 from models.language import DecoderConfig, transformer, transnormer_llm
+from models.vision import PyramidConfig, ViTConfig
 
 
 @dataclass(frozen=True)
@@ -162,10 +166,40 @@ class NeedleConfig(RunConfig):
     data: NeedleDataConfig = field(default_factory=NeedleDataConfig)
 
 
+@dataclass(frozen=True)
+class ImagesConfig(RunConfig):
+    """Classification of images."""
+
+    preset: str = "vit"
+    """Named set of defaults; `--help` shows the defaults of the preset that stands before it."""
+    steps: int = 600
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Images in a step, over all devices and processes."""
+    model: ViTConfig | PyramidConfig = field(default_factory=ViTConfig)
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+
+
+@dataclass(frozen=True)
+class SeriesConfig(RunConfig):
+    """A model that forecasts series."""
+
+    preset: str = "autoformer"
+    """Named set of defaults; `--help` shows the defaults of the preset that stands before it."""
+    steps: int = 600
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Windows in a step, over all devices and processes."""
+    model: ForecasterConfig = field(default_factory=ForecasterConfig)
+    data: SeriesDataConfig = field(default_factory=SeriesDataConfig)
+
+
 CONFIGS: dict[str, type[RunConfig]] = {
     "text": TextConfig,
     "mqar": MqarConfig,
     "needle": NeedleConfig,
+    "images": ImagesConfig,
+    "series": SeriesConfig,
 }
 
 
@@ -185,161 +219,11 @@ MAY_CHANGE = (
 
 def presets(task: str = "text") -> dict[str, Any]:
     """Every preset of a task by name; the first is its default, for minutes on two CPU cores."""
-    configs = PRESETS[task]()
-    return {name: dataclasses.replace(config, preset=name) for name, config in configs.items()}
+    from experiments.presets import PRESETS  # which is made of the classes above
 
-
-def _text_presets() -> dict[str, TextConfig]:
-    small = {"num_layers": 4, "num_heads": 4, "features": 128}
-    medium = {"num_layers": 12, "num_heads": 12, "features": 768}
-    medium |= {"dtype": "bfloat16", "remat": "dots", "scan_layers": True}
-    accelerator = TextConfig(
-        steps=20_000,
-        batch_size=64,
-        sequence_length=4096,
-        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=1000, beta2=0.95),
-        checkpoint=CheckpointConfig(every=1000),
-        log=LogConfig(every=50, evaluate_every=1000, evaluate_bytes=2**20),
-    )
     return {
-        "transnormer_llm": TextConfig(model=transnormer_llm(vocab_size=VOCAB_SIZE, **small)),
-        "transformer": TextConfig(model=transformer(vocab_size=VOCAB_SIZE, **small)),
-        **_mechanism_presets(small),
-        "transnormer_llm_medium": dataclasses.replace(
-            accelerator, model=transnormer_llm(vocab_size=VOCAB_SIZE, **medium)
-        ),
-        "transformer_medium": dataclasses.replace(
-            accelerator, model=transformer(vocab_size=VOCAB_SIZE, **medium)
-        ),
-        "tiny": TextConfig(
-            steps=20,
-            batch_size=8,
-            sequence_length=64,
-            model=transnormer_llm(vocab_size=VOCAB_SIZE, num_layers=2, num_heads=2, features=32),
-            optimizer=OptimizerConfig(warmup_steps=5),
-            checkpoint=CheckpointConfig(every=5),
-            log=LogConfig(every=1, evaluate_every=10, evaluate_bytes=4096),
-        ),
+        name: dataclasses.replace(config, preset=name) for name, config in PRESETS[task]().items()
     }
-
-
-def _mechanism_presets(small: dict[str, int]) -> dict[str, TextConfig]:
-    """A transformer of the same size with another mixer of tokens, by the name of its paper."""
-    based, softmax = "based_linear_attention", "softmax_attention"
-    heads = small["features"] // small["num_heads"]
-    changes: dict[str, dict[str, Any]] = {
-        "transnormer": {
-            "layers": ("diag_attention",) * 2 + ("norm_attention",) * 2,
-            "positions": "lrpe",
-            "feed_forward": "sglu",
-            "options": {"diag_attention.block_size": 64},
-        },
-        "based": {
-            "layers": ("base_conv", based, softmax, "base_conv"),
-            "options": {
-                f"{based}.head_dim": 16,
-                f"{based}.value_dim": heads,
-                f"{based}.positions": None,
-                f"{softmax}.local_window_size": 63,
-            },
-        },
-        "rat": {"mechanism": "rat"},
-        "aaren": {"mechanism": "aaren_attention", "positions": None},
-        "landmark": {"mechanism": "landmark_attention", "landmarks": 15},
-        # It knows no documents, as titans_mac.
-        "routing": {
-            "mechanism": "routing_attention",
-            "options": {"shared_qk": True},
-            "documents": "together",
-        },
-        "combiner": {"mechanism": "combiner_attention", "options": {"span_size": 16}},
-        "mamba": {"mechanism": "mamba"},
-        "titans_mac": {
-            "mechanism": "titans_mac",
-            "options": {"segment": 64},
-            "documents": "together",
-        },
-        "titans_mag": {"mechanism": "titans_mag", "options": {"window": 64}},
-        "titans_mal": {"mechanism": "titans_mal", "options": {"window": 64}},
-    }
-    return {
-        name: TextConfig(model=transformer(vocab_size=VOCAB_SIZE, **small, **own))
-        for name, own in changes.items()
-    }
-
-
-def _mqar_presets() -> dict[str, MqarConfig]:
-    model = transformer(vocab_size=128, num_layers=3, num_heads=2, features=64)
-    data = MqarDataConfig(vocab_size=128, length=64, pairs=16, evaluate_lengths=(128, 256))
-    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=100)
-    log = LogConfig(every=50, evaluate_every=250)
-    mqar = MqarConfig(model=model, data=data, optimizer=optimizer, log=log)
-    return {
-        "mqar": mqar,
-        # That of the paper: a vocabulary of 8192, and as many pairs as fit.
-        "mqar_medium": dataclasses.replace(
-            mqar,
-            steps=20_000,
-            batch_size=256,
-            model=dataclasses.replace(model, vocab_size=8192, features=128),
-            data=MqarDataConfig(vocab_size=8192, length=512, pairs=64),
-            checkpoint=CheckpointConfig(every=1000),
-        ),
-        "tiny": dataclasses.replace(
-            mqar,
-            steps=20,
-            batch_size=8,
-            model=dataclasses.replace(model, vocab_size=40, features=16),
-            data=MqarDataConfig(vocab_size=40, length=16, pairs=2, evaluate_examples=32),
-            checkpoint=CheckpointConfig(every=5),
-            log=LogConfig(every=1, evaluate_every=10),
-        ),
-    }
-
-
-def _needle_presets() -> dict[str, NeedleConfig]:
-    # Without positions, what was learned holds at any length; the convolutions tell neighbours.
-    model = transformer(
-        vocab_size=64,
-        num_layers=4,
-        num_heads=2,
-        features=64,
-        positions=None,
-        layers=("base_conv", "landmark_attention"),
-        landmarks=15,
-    )
-    hip = {"mask_k": 64, "block_q": 16, "block_k": 2, "group": 4, "window": 32, "sinks": 4}
-    needle = NeedleConfig(
-        model=model,
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
-        log=LogConfig(every=50, evaluate_every=200),
-    )
-    return {
-        "needle": needle,
-        "needle_hip": dataclasses.replace(
-            needle,
-            model=dataclasses.replace(
-                model,
-                landmarks=None,
-                layers=("base_conv", "hip_attention"),
-                options={f"hip_attention.{name}": value for name, value in hip.items()},
-            ),
-        ),
-        "tiny": dataclasses.replace(
-            needle,
-            steps=20,
-            batch_size=8,
-            model=dataclasses.replace(model, features=16, landmarks=3, num_layers=2),
-            data=NeedleDataConfig(
-                length=16, evaluate_examples=8, evaluate_lengths=(16, 32), evaluate_depths=(0, 1)
-            ),
-            checkpoint=CheckpointConfig(every=5),
-            log=LogConfig(every=1, evaluate_every=10),
-        ),
-    }
-
-
-PRESETS = {"text": _text_presets, "mqar": _mqar_presets, "needle": _needle_presets}
 
 
 def parse(arguments: list[str], program: str, task: str = "text") -> Any:
@@ -381,7 +265,14 @@ def parse(arguments: list[str], program: str, task: str = "text") -> Any:
             run=Path(run) if run else None,
             distributed=DistributedConfig(),
         )
-    config = tyro.cli(CONFIGS[task], args=arguments, default=default, prog=program)
+    config = tyro.cli(
+        CONFIGS[task],
+        args=arguments,
+        default=default,
+        prog=program,
+        # The model is of the kind that the preset has.
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     if saved is not None:
         changed = differences(to_json(saved), to_json(config))
         if changed:
@@ -442,14 +333,23 @@ def from_json[T](cls: type[T], values: dict[str, Any]) -> T:
 def _from_json(hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         options = [option for option in typing.get_args(hint) if option is not type(None)]
-        return value if value is None else _from_json(options[0], value)
+        fitting = [
+            option
+            for option in options
+            if dataclasses.is_dataclass(option) and set(value or ()) <= _names(option)
+        ]
+        return value if value is None else _from_json((fitting or options)[0], value)
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value)
     if hint is Path:
         return Path(value)
     if typing.get_origin(hint) is tuple:
-        return tuple(value)
+        return tuple(_from_json(typing.get_args(hint)[0], item) for item in value)
     return value
+
+
+def _names(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
 
 
 def differences(

@@ -30,7 +30,7 @@ RESULTS = "evaluation.json"
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measures a run's model on its task's test data, and baselines on the same text."""
+    """Measures a run's model on its task's test data, and baselines on the same."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Directory of the run."""
@@ -39,8 +39,8 @@ class EvaluateConfig:
     max_bytes: int | None = None
     """Bytes of a text's test split that are used, from its beginning; default: all of it."""
     baselines: bool = True
-    """Also measure, of text, byte models of order 0 and 2, fitted to the training split, and
-    LZMA."""
+    """Also measure what a model must beat: of text, byte models of order 0 and 2, fitted to the
+    training split, and LZMA; of series, the last value or season and a linear map."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Measures a run's model, and a text's baselines, and writes `evaluation.json` beside the run.
+    """Measures a run's model, and baselines, and writes `evaluation.json` beside the run.
 
     Raises:
       ExperimentError: if there is no such run or checkpoint, or the data cannot be read.
@@ -108,6 +108,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
                 targets.append(count)
         if isinstance(run, TextConfig) and config.baselines:
             values |= _baselines(run, config.max_bytes, targets[0])
+        elif config.baselines:
+            values |= task.baselines(run)
     except (ValueError, OSError) as error:
         raise ExperimentError(f"data: {error}") from error
     evaluation = Evaluation(step, task, targets[0], values)

@@ -26,6 +26,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/kernel$", ("fsdp", "tensor")),
     (r"attention/out/kernel$", ("tensor", "fsdp")),
     (r"attention/\w+/kernel$", ("fsdp", "tensor")),
+    (r"attention/value_convolution/kernel$", (None, None, None, "tensor")),
     (r"attention/theta$", ("tensor", None)),
     (r"feed_forward/down/kernel$", ("tensor", "fsdp")),
     (r"feed_forward/\w+/kernel$", ("fsdp", "tensor")),

@@ -70,6 +70,11 @@ class Task(abc.ABC):
         del max_bytes
         return {"": self.evaluation_batches(config, "test")}
 
+    def baselines(self, config: Any) -> dict[str, float]:
+        """The measure by name of what a model must beat, on the test data; none by default."""
+        del config
+        return {}
+
     @abc.abstractmethod
     def units(self, config: Any) -> tuple[int, str]:
         """How many tokens a step has, and the data in words, such as "8 x 256 bytes of lm1b"."""

@@ -3,6 +3,7 @@
 from models.layers.attention import AttentionLayer
 from models.layers.base_conv import BaseConv
 from models.layers.convolution import CausalDepthwiseConv
+from models.layers.cross_attention import CrossAttentionLayer
 from models.layers.feed_forward import FeedForward
 from models.layers.mamba import MambaBlock
 from models.layers.mixers import MIXERS
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionLayer",
     "BaseConv",
     "CausalDepthwiseConv",
+    "CrossAttentionLayer",
     "FeedForward",
     "GridAttentionLayer",
     "LayerNorm",
