@@ -1,7 +1,7 @@
 # Every target sets up what it needs: Python 3.12 and PyPI are enough.
 #   make train                         the main job: train, evaluate, sample (TransNormerLLM)
 #   make train ARGS="--preset transformer"      the same with softmax attention
-#   make test | lint | format | test-gpu | lock | wheel | clean
+#   make test | lint | format | test-gpu | readme | pages | lock | wheel | clean
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -13,7 +13,7 @@ EXTRA ?=
 STAMP := $(VENV)/.installed$(EXTRA:%=-%)
 WORKERS ?= 2
 
-.PHONY: help train test test-gpu lint format lock wheel readme clean env
+.PHONY: help train test test-gpu lint format lock wheel readme pages clean env
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -55,9 +55,13 @@ lock: $(STAMP)
 wheel: $(STAMP)
 	@$(BIN)/python -m build --quiet --wheel --outdir dist . && ls dist
 
-# Writes the generated tables of the README.
-readme: $(STAMP)
+# Writes all that is made from the catalogue: the README's table and the pages of docs/mechanisms.
+readme: pages
 	@$(BIN)/python scripts/readme_tables.py
+
+# ARGS=--figures draws the figures again that are there.
+pages: $(STAMP)
+	@$(BIN)/python scripts/mechanism_pages.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -72,6 +72,7 @@ def description(record: Mechanism) -> str:
         "kernel": record.kernel or "none: plain JAX",
         "weights": f"params, made by {record.init.__name__}" if record.init else "none",
         "step": record.step.__name__ if record.step else "none",
+        "page": f"docs/mechanisms/{record.slug}.md",
     }
     support = {name: f"no: {why}" if why else "yes" for name, why in unsupported(record).items()}
     parts = [
@@ -114,7 +115,7 @@ def signature(member: object) -> str:
     name, parameters = member.__name__, inspect.signature(member).parameters.values()
     # Annotations are in the documentation's terms: shapes fill lines. Names and defaults stay here.
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
-    text = f"{name}{inspect.Signature(plain)}"
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", f"{name}{inspect.Signature(plain)}")
     return text if len(text) <= 96 else text.replace("(", "(\n    ", 1).replace(", ", ",\n    ")
 
 
@@ -127,11 +128,13 @@ def example(record: Mechanism) -> str:
         source = step.source.rstrip("\n")
         # What a prompt would show, a program must print.
         body.append(f"print({source})  # {' '.join(step.want.split())}" if step.want else source)
-    body = "\n".join(body)
-    names = [name for name in record.exports if re.search(rf"\b{name}\b", body)]
+    text = "\n".join(body)
+    names = [name for name in record.exports if re.search(rf"\b{name}\b", text)]
     modules = {"np": "import numpy as np", "jnp": "import jax.numpy as jnp", "jax": "import jax"}
-    lines = [line for name, line in modules.items() if re.search(rf"\b{name}\b", body)][::-1]
-    return "\n".join((*lines, f"from attention import {', '.join(names)}", "", body))
+    lines = [line for name, line in modules.items() if re.search(rf"\b{name}\b", text)][::-1]
+    lines.append(f"from attention import {', '.join(names)}")
+    body = [line for line in body if line not in lines]
+    return "\n".join((*lines, "", *body))
 
 
 def _patterns(record: Mechanism) -> list[str]:
