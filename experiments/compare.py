@@ -108,7 +108,7 @@ def compare(config: CompareConfig) -> list[Result]:
 
 
 def contestant(name: str, base: DecoderConfig) -> Contestant:
-    """The model of a contestant, otherwise as the preset's.
+    """The model of a contestant, in the place of the attention layers of the preset's.
 
     Args:
       name: a mechanism, a mixer or a model of MODELS, and options of it, such as
@@ -133,7 +133,8 @@ def contestant(name: str, base: DecoderConfig) -> Contestant:
             if "self causal" not in record.patterns:
                 raise ValueError(f"mechanism: {kind!r} has no causal form")
         own = {f"{kind}.{option}": value for option, value in options.items()}
-        return Contestant(name, dataclasses.replace(base, mechanism=kind, layers=(), options=own))
+        layers = tuple(name if name in MIXERS else kind for name in base.mixers)
+        return Contestant(name, dataclasses.replace(base, layers=layers, options=own))
     except (ValueError, TypeError) as error:
         near = difflib.get_close_matches(kind, [*MODELS, *MIXERS], n=1)
         hint = f" (or did you mean {near[0]}?)" if near and kind not in MODELS else ""
@@ -148,7 +149,7 @@ def _value(text: str) -> Any:
 
 
 def _based(base: DecoderConfig, *, feature_dim: int = 16, window: int = 16) -> DecoderConfig:
-    """BASED: short convolution, linear attention by Taylor's polynomial, sliding window in turn."""
+    """BASED: short convolution, linear attention by Taylor's polynomial, sliding window."""
     linear, softmax = "based_linear_attention", "softmax_attention"
     if base.num_layers < 3:
         raise ValueError(f"model.num_layers: {base.num_layers}; based takes turns of three layers")

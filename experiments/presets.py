@@ -106,7 +106,15 @@ def _mechanism_presets(small: dict[str, int]) -> dict[str, TextConfig]:
 
 
 def _mqar_presets() -> dict[str, MqarConfig]:
-    model = transformer(vocab_size=128, num_layers=3, num_heads=2, features=64)
+    # A short convolution tells tokens their neighbours, without which a model has to find out first
+    # that values stand behind their keys: it takes its place in all that are compared.
+    model = transformer(
+        vocab_size=128,
+        num_layers=3,
+        num_heads=2,
+        features=64,
+        layers=("base_conv", "softmax_attention", "softmax_attention"),
+    )
     data = MqarDataConfig(vocab_size=128, length=64, pairs=16, evaluate_lengths=(128, 256))
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=100)
     log = LogConfig(every=50, evaluate_every=250)
