@@ -186,7 +186,7 @@ class SeriesConfig(RunConfig):
 
     preset: str = "autoformer"
     """Named set of defaults; `--help` shows the defaults of the preset that stands before it."""
-    steps: int = 600
+    steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 32
     """Windows in a step, over all devices and processes."""

@@ -130,14 +130,14 @@ def _chosen(option: str, given: tuple[str, ...], known: tuple[str, ...]) -> tupl
 
 
 @functools.lru_cache(maxsize=1)
-def generated_series() -> tuple[tuple[str, ...], Float[np.ndarray, "6000 4"]]:
-    """The names and values of four columns of 6000 hours, the same on every machine.
+def generated_series() -> tuple[tuple[str, ...], Float[np.ndarray, "20000 4"]]:
+    """The names and values of four columns of 20000 hours, the same on every machine.
 
     Each is the sum of a day's and a week's cycle, two harmonics each, which all columns mix with
     weights of their own; a linear trend; and noise, of which 0.8 stays from one hour to the next.
     Random numbers are those of `numpy.random.default_rng(0)`.
     """
-    rng, times, channels = np.random.default_rng(0), np.arange(6000), 4
+    rng, times, channels = np.random.default_rng(0), np.arange(20_000), 4
     values = np.zeros((len(times), channels))
     for period, size in ((24, 1.0), (12, 0.5), (168, 0.7), (84, 0.3)):
         phase = rng.uniform(0, 2 * math.pi, channels)
