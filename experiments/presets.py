@@ -134,7 +134,7 @@ def _mqar_presets() -> dict[str, MqarConfig]:
             mqar,
             steps=20,
             batch_size=8,
-            model=dataclasses.replace(model, vocab_size=40, features=16),
+            model=dataclasses.replace(model, vocab_size=40, features=16, num_layers=2),
             data=MqarDataConfig(vocab_size=40, length=16, pairs=2, evaluate_examples=32),
             checkpoint=CheckpointConfig(every=5),
             log=LogConfig(every=1, evaluate_every=10),

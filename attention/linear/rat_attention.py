@@ -324,7 +324,11 @@ def init_rat_attention_state(
         better.
       chunk_size: C.
       gated: whether the steps have a `log_decay`, by which each query head has keys of its own.
+
+    Raises:
+      ValueError: chunk_size is not positive.
     """
+    check_positive(chunk_size=chunk_size)
     heads = num_heads if gated else num_kv_heads
     chunks = max(max_length // chunk_size, 1)
     wide = jnp.promote_types(dtype, jnp.float32)

@@ -148,6 +148,8 @@ def test_wrong_input(options, error, message):
         rat_attention(query, key, value[..., :5], log_decay=log_decay)
     with pytest.raises(TypeError, match="state: must be a RATState; got int"):
         attention.rat_attention_step(3, query, key, value)
+    with pytest.raises(ValueError, match="chunk_size"):
+        init_rat_attention_state(B, 8, N, K, H, H, chunk_size=0)
     state = init_rat_attention_state(B, 8, N, K, H, H)
     with pytest.raises(
         ValueError, match=r"state: was made for .*\[2, 2, 8\]; these are \[2, 4, 8\]"
