@@ -160,6 +160,7 @@ def _based(base: DecoderConfig, *, feature_dim: int = 16, window: int = 16) -> D
             f"{linear}.head_dim": feature_dim,
             f"{linear}.value_dim": base.head_channels,
             f"{linear}.positions": None,
+            f"{linear}.chunk_size": 16,
             f"{softmax}.local_window_size": window - 1,
         },
     )

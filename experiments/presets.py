@@ -116,8 +116,8 @@ def _mqar_presets() -> dict[str, MqarConfig]:
         layers=("base_conv", "softmax_attention", "softmax_attention"),
     )
     data = MqarDataConfig(vocab_size=128, length=64, pairs=16, evaluate_lengths=(128, 256))
-    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=100)
-    log = LogConfig(every=50, evaluate_every=250)
+    optimizer = OptimizerConfig(learning_rate=3e-3)
+    log = LogConfig(every=50, evaluate_every=100)
     mqar = MqarConfig(model=model, data=data, optimizer=optimizer, log=log)
     return {
         "mqar": mqar,
