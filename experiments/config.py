@@ -144,7 +144,7 @@ class MqarConfig(RunConfig):
 
     preset: str = "mqar"
     """Named set of defaults; `--help` shows the defaults of the preset that stands before it."""
-    steps: int = 1000
+    steps: int = 800
     """Optimiser steps."""
     batch_size: int = 64
     """Sequences in a step, over all devices and processes."""
