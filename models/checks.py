@@ -6,12 +6,20 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from jaxtyping import Array
+
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raises ValueError unless the value is one of the choices."""
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(f"{name}: {value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def check_inputs(x: Array, features: int) -> None:
+    """Raises ValueError unless a layer's inputs are [batch, tokens, features]."""
+    if x.ndim != 3 or x.shape[-1] != features:
+        raise ValueError(f"x: shape {x.shape} must be [batch, tokens, {features}]")
 
 
 def check_literals(config: Any) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from attention import catalogue
 from attention.positions import init_lrpe_theta, lrpe, rope
-from models.checks import check_choice, check_positive
+from models.checks import check_choice, check_inputs, check_positive
 from models.layers.initializers import KERNEL_INIT
 from models.layers.norm import NormKind, RMSNorm, SRMSNorm
 
@@ -186,7 +186,7 @@ class AttentionLayer(nnx.Module):
           ValueError: a shape does not fit, an option is not one of the mechanism's, positions are
             given to a layer that has none, or segments to a mechanism that takes none.
         """
-        self._check_input(x)
+        check_inputs(x, self.features)
         record = self._record
         check_options(record.function, options or {})
         keywords = self._keywords | dict(options or {})
@@ -239,7 +239,7 @@ class AttentionLayer(nnx.Module):
         Raises:
           ValueError: as `init_state`, or the step form lacks an option that the layer was given.
         """
-        self._check_input(x)
+        check_inputs(x, self.features)
         record = self._step_record()
         positions = position + jnp.arange(x.shape[1])
         query, key, value = self.heads(x, None if self.positions is None else positions)
@@ -266,10 +266,6 @@ class AttentionLayer(nnx.Module):
             raise ValueError(f"mechanism: {self.mechanism!r} has no step form")
         check_options(record.step, dict(self.options))
         return record
-
-    def _check_input(self, x: Array) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.features:
-            raise ValueError(f"x: shape {x.shape} must be [batch, tokens, {self.features}]")
 
     def heads(self, x: Array, positions: Array | None = None) -> tuple[Array, Array, Array]:
         """Queries, keys and values of inputs, as the mechanism is given them.

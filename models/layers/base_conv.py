@@ -12,7 +12,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
 
-from models.checks import check_positive
+from models.checks import check_inputs, check_positive
 from models.layers.convolution import CausalDepthwiseConv
 from models.layers.initializers import KERNEL_INIT
 
@@ -90,7 +90,7 @@ class BaseConv(nnx.Module):
         """
         if options:
             raise ValueError(f"options: {', '.join(options)}, but this layer has none")
-        self._check_input(x)
+        check_inputs(x, self.features)
         a, b = jnp.split(self.in_proj(x), 2, axis=-1)
         return self.out_proj(jax.nn.silu(self.conv(a, segment_ids)) * b)
 
@@ -122,11 +122,7 @@ class BaseConv(nnx.Module):
           ValueError: a shape or the state does not fit.
         """
         del position
-        self._check_input(x)
+        check_inputs(x, self.features)
         a, b = jnp.split(self.in_proj(x), 2, axis=-1)
         a, state = self.conv.step(a, state)
         return self.out_proj(jax.nn.silu(a) * b), state
-
-    def _check_input(self, x: Array) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.features:
-            raise ValueError(f"x: shape {x.shape} must be [batch, tokens, {self.features}]")

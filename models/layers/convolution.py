@@ -9,7 +9,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
 
 from attention.packing import places
-from models.checks import check_positive
+from models.checks import check_inputs, check_positive
 
 CONVOLUTION_INIT: Initializer = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """For taps [width, features]: uniform in +-width^-0.5."""
@@ -69,7 +69,7 @@ class CausalDepthwiseConv(nnx.Module):
         Raises:
           ValueError: a shape does not fit.
         """
-        self._check_input(x)
+        check_inputs(x, self.features)
         place = None if segment_ids is None else places(segment_ids, *x.shape[:2])
         return self._convolve(self.init_state(x.shape[0], x.dtype), x, place)
 
@@ -94,17 +94,13 @@ class CausalDepthwiseConv(nnx.Module):
         Raises:
           ValueError: a shape does not fit.
         """
-        self._check_input(x)
+        check_inputs(x, self.features)
         wanted = (x.shape[0], self.width - 1, self.features)
         if state.shape != wanted:
             raise ValueError(f"state: shape {state.shape} must be {wanted}")
         out = self._convolve(state.astype(x.dtype), x, None)
         last = jnp.concatenate([state, x.astype(state.dtype)], axis=1)
         return out, last[:, last.shape[1] - self.width + 1 :]
-
-    def _check_input(self, x: Array) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.features:
-            raise ValueError(f"x: shape {x.shape} must be [batch, tokens, {self.features}]")
 
     def _convolve(self, before: Array, x: Array, place: Array | None) -> Array:
         """Returns the outputs; `place` is the number of each token in its document."""

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from attention import catalogue
+from models.checks import check_inputs
 from models.layers.attention import AttentionLayer, accepts
 
 _BOTH = frozenset({"cross causal", "cross non-causal"})
@@ -71,7 +72,7 @@ class CrossAttentionLayer(AttentionLayer):
         Raises:
           ValueError: a shape does not fit.
         """
-        self._check_input(x)
+        check_inputs(x, self.features)
         if memory.ndim != 3 or memory.shape[::2] != (x.shape[0], self.features):
             raise ValueError(
                 f"memory: shape {memory.shape} must be [{x.shape[0]}, tokens, {self.features}]"

@@ -21,7 +21,7 @@ from attention.linear.selective_scan import (
     selective_scan_step,
 )
 from attention.state import check_state
-from models.checks import check_positive
+from models.checks import check_inputs, check_positive
 from models.layers.attention import check_options, static_options
 from models.layers.convolution import CausalDepthwiseConv
 from models.layers.initializers import KERNEL_INIT
@@ -154,7 +154,7 @@ class MambaBlock(nnx.Module):
         Raises:
           ValueError: a shape does not fit, or an option is not one of the scan's.
         """
-        self._check_input(x)
+        check_inputs(x, self.features)
         check_options(selective_scan, options or {}, _OWN)
         u, z = jnp.split(self.in_proj(x), 2, axis=-1)
         u = jax.nn.silu(self.conv(u, segment_ids))
@@ -193,17 +193,13 @@ class MambaBlock(nnx.Module):
           TypeError, ValueError: a shape or the state does not fit.
         """
         del position
-        self._check_input(x)
+        check_inputs(x, self.features)
         check_state(state, MambaState)
         u, z = jnp.split(self.in_proj(x), 2, axis=-1)
         u, convolution = self.conv.step(u, state.convolution)
         inputs = self._scanned(jax.nn.silu(u), z)
         y, scan = selective_scan_step(state.scan, **inputs, **dict(self.options))
         return self.out_proj(y), MambaState(convolution, scan)
-
-    def _check_input(self, x: Array) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.features:
-            raise ValueError(f"x: shape {x.shape} must be [batch, tokens, {self.features}]")
 
     def _scanned(self, u: Array, z: Array) -> dict[str, Array]:
         """The arrays of the scan, from the convolved u and the gate z."""

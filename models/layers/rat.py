@@ -19,7 +19,7 @@ from attention.linear.rat_attention import (
     rat_attention,
     rat_attention_step,
 )
-from models.checks import check_positive
+from models.checks import check_inputs, check_positive
 from models.layers.attention import check_options, default_head_dim, static_options
 from models.layers.initializers import KERNEL_INIT
 
@@ -115,7 +115,7 @@ class RATLayer(nnx.Module):
         Raises:
           ValueError: a shape does not fit, or an option is not one of the mechanism's.
         """
-        self._check_input(x)
+        check_inputs(x, self.features)
         check_options(rat_attention, options or {}, _OWN)
         keywords = dict(self.options) | dict(options or {})
         out = rat_attention(
@@ -154,14 +154,10 @@ class RATLayer(nnx.Module):
           TypeError, ValueError: a shape or the state does not fit.
         """
         del position
-        self._check_input(x)
+        check_inputs(x, self.features)
         heads, keywords = self._heads(x), dict(self.options)
         out, state = rat_attention_step(state, **heads, chunk_size=self.chunk_size, **keywords)
         return self._gated(x, out), state
-
-    def _check_input(self, x: Array) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.features:
-            raise ValueError(f"x: shape {x.shape} must be [batch, tokens, {self.features}]")
 
     def _heads(self, x: Array) -> dict[str, Array]:
         def split(y: Array) -> Array:

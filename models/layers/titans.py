@@ -24,7 +24,7 @@ from attention.linear.titans_neural_memory import (
 )
 from attention.positions import rope
 from attention.state import check_state
-from models.checks import check_positive
+from models.checks import check_inputs, check_positive
 from models.layers.attention import check_options, default_head_dim
 from models.layers.convolution import CausalDepthwiseConv
 from models.layers.initializers import KERNEL_INIT
@@ -170,7 +170,7 @@ class TitansMemory(nnx.Module):
         Raises:
           ValueError: a shape does not fit, or an option is not one of those.
         """
-        _check_input(x, self.features)
+        check_inputs(x, self.features)
         check_options(titans_neural_memory, options or {}, _OWN)
         heads = self._convolved(self._projected(x), segment_ids)
         out = titans_neural_memory(
@@ -222,7 +222,7 @@ class TitansMemory(nnx.Module):
           TypeError, ValueError: a shape or the state does not fit.
         """
         del position
-        _check_input(x, self.features)
+        check_inputs(x, self.features)
         check_state(state, TitansMemoryState)
         heads, convolution = self._projected(x), state.convolution
         if self.conv is not None:
@@ -238,7 +238,7 @@ class TitansMemory(nnx.Module):
         Raises:
           ValueError: a shape does not fit, or the layer has a convolution.
         """
-        _check_input(x, self.features)
+        check_inputs(x, self.features)
         if self.conv is not None:
             raise ValueError("conv_width: must be None, for a memory that is read without writing")
         opens = (state.memory.place % self.chunk_size == 0)[:, None, None, None]
@@ -488,7 +488,7 @@ class _Windowed(_Titans):
         Raises:
           ValueError: a shape does not fit, or an option is not that.
         """
-        _check_input(x, self.features)
+        check_inputs(x, self.features)
         options = dict(options or {})
         memory = self.memory(x, segment_ids=segment_ids, options=options)
         return self._both(x, memory, lambda y: self._windowed(y, segment_ids, options))
@@ -509,7 +509,7 @@ class _Windowed(_Titans):
         Raises:
           TypeError, ValueError: a shape or the state does not fit.
         """
-        _check_input(x, self.features)
+        check_inputs(x, self.features)
         check_state(state, TitansLayerState)
         memory, after = self.memory.step(x, state.memory, position)
         kept = []
@@ -666,7 +666,7 @@ class TitansMAC(_Titans):
         Raises:
           ValueError: a shape does not fit, an option is not that, or there are packed documents.
         """
-        _check_input(x, self.features)
+        check_inputs(x, self.features)
         check_options(titans_neural_memory, options or {}, _OWN)
         if segment_ids is not None:
             raise ValueError("segment_ids: memory as context takes no packed documents")
@@ -716,7 +716,7 @@ class TitansMAC(_Titans):
         Raises:
           TypeError, ValueError: a shape or the state does not fit.
         """
-        _check_input(x, self.features)
+        check_inputs(x, self.features)
         check_state(state, TitansLayerState)
 
         def one(state: TitansLayerState, inputs: tuple) -> tuple[TitansLayerState, Array]:
@@ -756,11 +756,6 @@ class TitansMAC(_Titans):
     @property
     def _kept(self) -> int:
         return self.tokens
-
-
-def _check_input(x: Array, features: int) -> None:
-    if x.ndim != 3 or x.shape[-1] != features:
-        raise ValueError(f"x: shape {x.shape} must be [batch, tokens, {features}]")
 
 
 def _unit(x: Array) -> Array:
