@@ -342,9 +342,9 @@ def test_memory(record):
     assert gradient_bytes(131072) <= (1.1 * 2 ** degree(record.memory)) ** 2 * gradient_bytes(32768)
 
 
-def run_examples(member, module, **replaced):
+def run_examples(member, module):
     finder = doctest.DocTestFinder(recurse=False)
-    names = {"jax": jax, "jnp": jnp, "np": np} | vars(module) | replaced
+    names = {"jax": jax, "jnp": jnp, "np": np} | vars(module)
     ran = 0
     for test in finder.find(member, member.__name__, globs=names):
         report = []
@@ -354,32 +354,40 @@ def run_examples(member, module, **replaced):
     return ran
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def program(function, tree, fixed, arrays):
+    """Returns a call's result, as one program for the arrays where nothing is fixed."""
+    arrays = iter(arrays)
+    leaves = [next(arrays) if leaf is jax.Array else leaf for leaf in fixed]
+    arguments, keywords = jax.tree.unflatten(tree, leaves)
+    return function(*arguments, **keywords)
+
+
 def whole(function):
     """Returns a function as one program of its arrays; what is no array is fixed in it."""
 
     def call(*arguments, **keywords):
         leaves, tree = jax.tree.flatten((arguments, keywords))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-
-        def of_arrays(arrays):
-            filled = leaves.copy()
-            for i, array in zip(places, arrays, strict=True):
-                filled[i] = array
-            arguments, keywords = jax.tree.unflatten(tree, filled)
-            return function(*arguments, **keywords)
-
-        return jax.jit(of_arrays)([leaves[i] for i in places])
+        fixed = tuple(jax.Array if isinstance(x, jax.Array) else x for x in leaves)
+        return program(function, tree, fixed, [x for x in leaves if isinstance(x, jax.Array)])
 
     return call
 
 
+@pytest.fixture
+def whole_calls(record, monkeypatch):
+    """Runs a record's function and step as programs: operation by operation they compile longer."""
+    for member in filter(None, (record.function, record.step)):
+        monkeypatch.setattr(attention, member.__name__, whole(member))
+        monkeypatch.setattr(inspect.getmodule(member), member.__name__, whole(member))
+
+
 @quick
 @each_record
+@pytest.mark.usefixtures("whole_calls")
 def test_examples(record):
-    # A step under jit, as programs call it; the function itself runs operation by operation.
-    steps = {record.step.__name__: whole(record.step)} if record.step else {}
     for member in record.exports.values():
-        ran = run_examples(member, inspect.getmodule(member), **steps)
+        ran = run_examples(member, inspect.getmodule(member))
         if member in (record.function, record.step):
             assert ran, f"{member.__name__} has no example"
 
@@ -392,6 +400,7 @@ def test_examples_of_positions(function):
 
 @quick
 @each_record
+@pytest.mark.usefixtures("whole_calls")
 def test_description(record, capsys):
     assert main([record.slug]) == 0
     text = capsys.readouterr().out

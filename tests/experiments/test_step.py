@@ -1,6 +1,7 @@
 """The optimiser step: sharding, accumulation, schedule, and what a non-finite loss does."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -42,11 +43,17 @@ def batches(count, rows=8, length=33, seed=0):
         yield {"tokens": tokens, "segment_ids": segments}
 
 
-def run(mesh, steps, model=TINY.model, optimizer=TINY.optimizer, rows=8, **options):
+@functools.cache
+def trainer_of(mesh, model=TINY.model, **options):
+    """A trainer of 20 steps; the tests share its programs."""
+    return Trainer(model, TINY.optimizer, mesh, steps=20, **options)
+
+
+def run(mesh, steps, model=TINY.model, rows=8, **options):
     """Losses of a short run, and its last state."""
     losses = []
     with parallel.use_mesh(mesh):
-        trainer = Trainer(model, optimizer, mesh, steps=20, **options)
+        trainer = trainer_of(mesh, model, **options)
         state = trainer.initial()
         for batch in batches(steps, rows):
             state, metrics = trainer.step(state, parallel.global_batch(batch, mesh))
@@ -84,13 +91,11 @@ def test_accumulation_is_the_whole_batch():
     assert_close(other.parameters, state.parameters, jnp.float32, factor=100)
 
 
-@pytest.mark.parametrize("preset", ["transnormer_llm_medium", "transformer_medium"])
-def test_bfloat16_compute_trains_float32_parameters(preset):
-    """The presets for accelerators, made small: bfloat16, rematerialised, layers in a loop."""
-    model = dataclasses.replace(
-        presets()[preset].model, features=32, head_dim=16, num_layers=3, num_heads=2
-    )
-    assert model.dtype == "bfloat16" and model.remat == "dots" and model.scan_layers
+def test_bfloat16_compute_trains_float32_parameters():
+    """A preset for accelerators, made small: bfloat16, rematerialised, layers in a loop."""
+    models = [presets()[name].model for name in ("transformer_medium", "transnormer_llm_medium")]
+    assert all(m.dtype == "bfloat16" and m.remat == "dots" and m.scan_layers for m in models)
+    model = dataclasses.replace(models[-1], features=32, head_dim=16, num_layers=3, num_heads=2)
     mesh = mesh_of(2, 2, 2)
     with parallel.use_mesh(mesh):
         trainer = Trainer(model, TINY.optimizer, mesh, steps=20)
@@ -112,7 +117,7 @@ def test_bfloat16_compute_trains_float32_parameters(preset):
 def test_halted_state_is_that_from_before_the_step():
     mesh = mesh_of(1, 1, 1)
     with parallel.use_mesh(mesh):
-        trainer = Trainer(TINY.model, TINY.optimizer, mesh, steps=20)
+        trainer = trainer_of(mesh)
         state = trainer.initial()
         poisoned = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.parameters)
         state = dataclasses.replace(state, parameters=poisoned)
@@ -128,7 +133,7 @@ def test_targets_of_another_document_do_not_count():
     mesh = mesh_of(1, 1, 1)
     (batch,) = batches(1)
     with parallel.use_mesh(mesh):
-        trainer = Trainer(TINY.model, TINY.optimizer, mesh, steps=20)
+        trainer = trainer_of(mesh)
         parameters = trainer.initial().parameters
         sums, weight = trainer.measure(parameters, parallel.global_batch(batch, mesh))
         marks = (batch["tokens"][:, 1:] == BOS).sum()
