@@ -42,10 +42,11 @@ def test_links_lead_somewhere():
 
 
 def test_commands_name_options_that_exist(capsys):
-    with pytest.raises(SystemExit):
-        configs.parse(["--help"], "python -m experiments.train text")
-    help_text = capsys.readouterr().out
-    options = set(re.findall(r"--[\w.-]+", help_text))
+    options = set()
+    for task in configs.CONFIGS:
+        with pytest.raises(SystemExit):
+            configs.parse(["--help"], f"python -m experiments.train {task}", task)
+        options |= set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
     pages = README + (ROOT / "docs" / "training.md").read_text()
     named = set(re.findall(r"--(?:mesh|data|model|log|checkpoint|distributed)\.[\w-]+", pages))
     assert named and named <= options, named - options
