@@ -369,17 +369,21 @@ def whole(function):
     def call(*arguments, **keywords):
         leaves, tree = jax.tree.flatten((arguments, keywords))
         fixed = tuple(jax.Array if isinstance(x, jax.Array) else x for x in leaves)
-        return program(function, tree, fixed, [x for x in leaves if isinstance(x, jax.Array)])
+        arrays = [x for x in leaves if isinstance(x, jax.Array)]
+        if not arrays:
+            return function(*arguments, **keywords)
+        return program(function, tree, fixed, arrays)
 
     return call
 
 
 @pytest.fixture
 def whole_calls(record, monkeypatch):
-    """Runs a record's function and step as programs: operation by operation they compile longer."""
-    for member in filter(None, (record.function, record.step)):
-        monkeypatch.setattr(attention, member.__name__, whole(member))
-        monkeypatch.setattr(inspect.getmodule(member), member.__name__, whole(member))
+    """Runs a record's functions as programs: operation by operation they compile longer."""
+    for member in filter(inspect.isfunction, record.exports.values()):
+        if member is not record.init_state:
+            monkeypatch.setattr(attention, member.__name__, whole(member))
+            monkeypatch.setattr(inspect.getmodule(member), member.__name__, whole(member))
 
 
 @quick
