@@ -27,6 +27,7 @@ from models.vision import (
 from tests.models import oracles
 from tests.numerics import assert_close
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = ViTConfig(features=16, num_layers=2, num_heads=2, hidden_features=24)
 MEAN = dataclasses.replace(SMALL, pooling="mean", positions="none", num_layers=1)
 STAGES = (

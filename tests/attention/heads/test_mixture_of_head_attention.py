@@ -63,9 +63,12 @@ def test_gradients():
         )
         return jnp.sum(jnp.sin(3 * out)), out
 
-    run = jax.jit(jax.grad(loss, (1, 2), has_aux=True), static_argnums=0)
-    (gradients, _), reference = (run(name, _arrays(), _logits()) for name in ("xla", "reference"))
-    assert_close((gradients, _), reference, factor=4)
+    @jax.jit
+    def run(arrays, logits):
+        gradient = jax.grad(loss, (1, 2), has_aux=True)
+        return [gradient(name, arrays, logits) for name in ("xla", "reference")]
+
+    assert_close(*run(_arrays(), _logits()), factor=4)
 
 
 def test_gradients_of_routers_by_differences(x64):
@@ -124,25 +127,32 @@ def test_sums_of_gates():
 def test_routing_by_norms():
     """It does not change when queries are turned or all multiplied, and learns straight through."""
     query = _arrays()[0]
-    gates_of = jax.jit(mixture_of_head_gates)
-    gates = gates_of(query)
+
+    @jax.jit
+    def gates_of(query):
+        changed = attention.positions.rope(query), 100 * query
+        gates = [mixture_of_head_gates(x) for x in (query, *changed)]
+        return *gates, attention.head_norm_logits(query, SHARED)
+
+    gates, turned, multiplied, logits = map(np.asarray, gates_of(query))
     assert gates.sum() == B * T * (N // 2 + N // 4)
-    assert (gates == gates_of(attention.positions.rope(query))).all()
-    assert (gates == gates_of(100 * query)).all()
-    logits = np.asarray(attention.head_norm_logits(query, SHARED))
+    assert (gates == turned).all() and (gates == multiplied).all()
     np.testing.assert_allclose(logits.std(axis=-1, ddof=1), 1, rtol=1e-5)
 
     def gate(query, straight):
         gates = mixture_of_head_gates(query, **SIZES, straight_through=straight)
         return jnp.sum(gates * jnp.arange(N)), gates
 
-    run = jax.jit(jax.grad(gate, has_aux=True), static_argnums=1)
-    (exact, binary), (through, same) = (run(query, straight) for straight in (False, True))
+    @jax.jit
+    def run(query):
+        return [jax.grad(gate, has_aux=True)(query, straight) for straight in (False, True)]
+
+    (exact, binary), (through, same) = run(query)
     assert (exact == 0).all() and np.isfinite(through).all()
     assert (through[:, :, SHARED:] != 0).all() and (through[:, :, :SHARED] == 0).all()
     assert_close(same, binary)
     # Equal queries, and none, have no standard deviation to divide by.
-    through, gates = run(jnp.zeros_like(query), True)
+    _, (through, gates) = run(jnp.zeros_like(query))
     assert (through == 0).all() and (gates.sum(-1) == SHARED + TOP).all()
 
 
@@ -181,9 +191,8 @@ def test_causal_at_random_sizes():
 def test_steps_with_routers():
     """The logits of a step are those of its tokens."""
     arrays, logits = _arrays(), _logits()
-    run = jax.jit(functools.partial(mixture_of_head_attention, **SIZES, is_causal=True))
     step = jax.jit(functools.partial(attention.mixture_of_head_attention_step, **SIZES))
-    whole = run(*arrays, **logits)
+    whole = oracle.mixture_of_head_attention(*arrays, **logits, **SIZES, is_causal=True)
     state = attention.init_mixture_of_head_attention_state(B, 16, N, K, H, V)
     parts = []
     for part in (slice(0, 5), slice(5, 6), slice(6, T)):
@@ -193,7 +202,7 @@ def test_steps_with_routers():
             **{name: x[:, part] for name, x in logits.items()},
         )
         parts.append(out)
-    assert_close(jnp.concatenate(parts, axis=1), whole, factor=2)
+    assert_close(np.concatenate(parts, axis=1), whole, factor=2)
     assert state.length == T
 
 
@@ -220,7 +229,11 @@ def test_sharded(kind):
             for given in (logits, {})
         ]
 
-    assert_close(run(placed, routers), run(arrays, logits))
+    expected = [
+        oracle.mixture_of_head_attention(*arrays, **given, **SIZES, is_causal=True)
+        for given in (logits, {})
+    ]
+    assert_close(run(placed, routers), expected)
     rows = [place(devices, x, ("data", "tensor")) for x in (*arrays, *logits.values())]
 
     def of_rows(*x):

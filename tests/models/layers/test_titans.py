@@ -27,12 +27,13 @@ each_layer = pytest.mark.parametrize("name", LAYERS)
 
 
 def make(name, features=D, **arguments):
-    """A layer with parameters of NumPy, all of them drawn: nothing is compiled for it.
-
-    Memories are deep in `mac`; `mag` and `mal` have theirs from the same class.
-    """
+    """A layer, whose memory is deep in `mac`; `mag` and `mal` have theirs from the same class."""
     sizes = dict(num_heads=N, num_persistent=P, expansion=2, depth=2 if name == "mac" else 1)
-    kind = functools.partial(LAYERS[name], features, **(sizes | arguments))
+    return drawn(functools.partial(LAYERS[name], features, **(sizes | arguments)))
+
+
+def drawn(kind):
+    """A layer with parameters of NumPy, all of them drawn: nothing is compiled for it."""
     graph, state = nnx.split(nnx.eval_shape(lambda: kind(rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
 
@@ -57,6 +58,11 @@ def parameters(layer):
 def run(layer, x, segment_ids=None, implementation=None):
     options = {"implementation": implementation}
     return layer(x, segment_ids=segment_ids, options=options)
+
+
+def whole(name, layer, x, ids):
+    """What `mal` has beside `mag` is another input of attention: the reference is enough."""
+    return run(layer, x, ids, "reference" if name == "mal" else None)
 
 
 def documents(name):
@@ -192,10 +198,12 @@ def expected(layer, x, segment_ids):
 def test_is_its_equations(name):
     layer, x, (ids, one) = make(name), inputs(), documents(name)
     y = expected(layer, x, np.zeros((B, T), int) if ids is None else ids)
-    assert_close(run(layer, x, ids), y, factor=2)
+    assert_close(whole(name, layer, x, ids), y, factor=2)
     if name == "mac":  # without what the memory says, whose rows take their share of the weights
         layer.memory.out.kernel[...] = jnp.zeros_like(layer.memory.out.kernel)
-        assert_close(run(layer, x, one), expected(layer, x, np.zeros((B, T), int)), factor=2)
+        assert_close(
+            whole(name, layer, x, one), expected(layer, x, np.zeros((B, T), int)), factor=2
+        )
 
 
 @each_layer
@@ -205,16 +213,16 @@ def test_steps_are_the_parallel_form_and_see_nothing_later(name):
         return layer.step(x, state, position)
 
     layer, x, (_, one) = make(name), inputs(), documents(name)
-    whole, state, outputs = run(layer, x, one), layer.init_state(B, T), []
+    y, state, outputs = whole(name, layer, x, one), layer.init_state(B, T), []
     for token in range(T):
         before = state
-        y, state = step(layer, x[:, token : token + 1], state, np.int32(token))
+        out, state = step(layer, x[:, token : token + 1], state, np.int32(token))
         chex.assert_trees_all_equal_shapes_and_dtypes(state, before)
-        outputs.append(y)
-    assert_close(np.concatenate(outputs, 1), whole, factor=2)
+        outputs.append(out)
+    assert_close(np.concatenate(outputs, 1), y, factor=2)
     for token in np.random.default_rng(0).integers(1, T, 3):
         changed = x + (np.arange(T) == token)[:, None].astype(np.float32)
-        differs = np.any(run(layer, changed, one) != whole, axis=(0, 2))
+        differs = np.any(whole(name, layer, changed, one) != y, axis=(0, 2))
         assert differs[token:].all() and not differs[:token].any()
 
 
@@ -235,7 +243,7 @@ def test_a_silent_memory_leaves_attention(name):
     layer, x = make(name, num_persistent=0), inputs()
     layer.memory.out.kernel[...] = jnp.zeros_like(layer.memory.out.kernel)
     options = {"local_window_size": (W - 1, 0)}
-    plain = AttentionLayer(D, N, positions="rope", options=options, rngs=nnx.Rngs(0))
+    plain = drawn(functools.partial(AttentionLayer, D, N, positions="rope", options=options))
     for part in ("query", "key", "value", "out"):
         getattr(plain, part).kernel[...] = getattr(layer, part).kernel[...]
     y = run(plain, x, IDS, "reference")
@@ -255,7 +263,7 @@ def test_computes_in_bfloat16_with_float32_parameters(name, num_persistent):
 @pytest.mark.parametrize(("name", "implementation"), (("mal", None), ("mac", "reference")))
 def test_gradient_reaches_every_parameter(name, implementation):
     def loss(layer, x):
-        return (run(layer, x, None, implementation) ** 3).sum()
+        return (layer(x, options={"implementation": implementation}) ** 3).sum()
 
     gradients = nnx.jit(nnx.grad(loss))(make(name, depth=1), inputs())
     for path, g in nnx.to_flat_state(gradients):
@@ -264,8 +272,8 @@ def test_gradient_reaches_every_parameter(name, implementation):
 
 def test_parameters():
     names = {
-        name: {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(make(name)))}
-        for name in LAYERS
+        name: {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(layer))}
+        for name, layer in ((name, make(name, depth=2)) for name in LAYERS)
     }
     linear = {f"{n}/kernel" for n in ("query", "key", "value", "out")}
     of_memory = {f"memory/{n}" for n in (*linear, "gates/kernel", "gates/bias")}
