@@ -24,15 +24,15 @@ SMALL = {
     "rat": {"chunk_size": 4},
     "routing": {"num_clusters": 3, "window": 4},
     "combiner": {"span_size": 4},
-    "titans_mac": {"segment": 4},
-    "titans_mag": {"window": 4, "chunk_size": 4},
-    "titans_mal": {"window": 4, "chunk_size": 4},
+    "titans_mac": {"segment": 4, "depth": 1},
+    "titans_mag": {"window": 4, "chunk_size": 4, "depth": 1},
+    "titans_mal": {"window": 4, "chunk_size": 4, "depth": 1},
 }
 NAMES = [*SMALL, "landmark", "aaren", "mamba"]
 
 
 def model_of(name):
-    """Returns graph and parameters of the preset's model, small, with each of its kinds of layers."""
+    """Returns graph and parameters of the preset's model, made small, with every kind of layer."""
     config = presets()[name].model
     kinds = tuple(dict.fromkeys(config.mixers))
     config = dataclasses.replace(
@@ -52,7 +52,7 @@ def model_of(name):
 
 
 def drawn(path, leaf):
-    """Parameters of NumPy: no program is compiled for them."""
+    """Returns a parameter of NumPy: no program is compiled for it."""
     name, fan_in = jax.tree_util.keystr(path), math.prod(leaf.shape[:-1])
     x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(leaf.shape)
     x = x / math.sqrt(fan_in) if "kernel" in name else 0.2 * x + ("scale" in name)
@@ -72,7 +72,8 @@ def test_no_token_sees_later_ones_and_steps_are_the_whole(name):
     def step(parameters, tokens, state):
         return nnx.merge(graph, parameters).step(tokens, state)
 
-    tokens = np.random.default_rng(1).integers(0, 31, (2, TOKENS))
+    # Tokens of which, routed, all that follow the changed one meet one that met it.
+    tokens = np.random.default_rng(49).integers(0, 31, (2, TOKENS))
     changed = tokens.copy()
     changed[:, place] = (tokens[:, place] + 1) % 31
     logits = run(parameters, tokens)

@@ -46,6 +46,9 @@ CASES = {
 
 @functools.cache
 def _compiled(case):
+    """Returns the function of a case; that of `everything` is in the program of gradients."""
+    if case == "everything":
+        return lambda *arrays, is_landmark: _gradients(*arrays)[0][1]
     options = {n: x for n, x in CASES[case].items() if n != "is_landmark"}
     return jax.jit(functools.partial(landmark_attention, **options))
 
@@ -53,6 +56,20 @@ def _compiled(case):
 def _run(case, *arrays, **changed):
     options = {n: x for n, x in CASES[case].items() if n == "is_landmark"}
     return _compiled(case)(*arrays, **options | changed)
+
+
+@jax.jit
+def _gradients(*arrays):
+    """Returns gradients and output of both implementations."""
+
+    def loss(implementation, *arrays):
+        out = landmark_attention(*arrays, **CASES["everything"], implementation=implementation)
+        return jnp.sum(jnp.sin(3 * out)), out
+
+    return [
+        jax.grad(functools.partial(loss, name), (0, 1, 2), has_aux=True)(*arrays)
+        for name in ("xla", "reference")
+    ]
 
 
 def _of_oracle(case):
@@ -83,27 +100,18 @@ def test_against_the_oracle(case, x64):
     assert (np.triu(np.ones((T, T)), 1)[None, :, None] * weights == 0).all()
 
 
-def test_gradients():
-    def loss(implementation, *arrays):
-        out = landmark_attention(*arrays, **CASES["everything"], implementation=implementation)
-        return jnp.sum(jnp.sin(3 * out)), out
+def test_gradients(x64):
+    assert_close(*_gradients(*_arrays(jnp.float64)), jnp.float64, factor=4)
 
+
+def test_few_tokens_are_causal_softmax_attention():
     @jax.jit
-    def run(*arrays):
-        return [
-            jax.grad(functools.partial(loss, name), (0, 1, 2), has_aux=True)(*arrays)
-            for name in ("xla", "reference")
-        ]
+    def run(cases):
+        found = [landmark_attention(*arrays, block_size=8) for arrays in cases]
+        plain = functools.partial(softmax_attention, is_causal=True, implementation="reference")
+        return found, [plain(*arrays) for arrays in cases]
 
-    found, defined = run(*_arrays())
-    assert_close(found, defined, factor=4)
-
-
-@pytest.mark.parametrize("tokens", (1, 7))
-def test_few_tokens_are_causal_softmax_attention(tokens):
-    arrays = _arrays(tokens=tokens)
-    out = jax.jit(functools.partial(landmark_attention, block_size=8))(*arrays)
-    assert_close(out, softmax_attention(*arrays, is_causal=True, implementation="reference"))
+    assert_close(*run([_arrays(tokens=tokens) for tokens in (1, 7)]))
 
 
 def test_equal_scores_share_a_block_equally(x64):
