@@ -72,18 +72,18 @@ def test_no_token_sees_later_ones_and_steps_are_the_whole(name):
     def step(parameters, tokens, state):
         return nnx.merge(graph, parameters).step(tokens, state)
 
-    # Tokens of which, routed, all that follow the changed one meet one that met it.
-    tokens = np.random.default_rng(49).integers(0, 31, (2, TOKENS))
+    tokens = np.random.default_rng(1).integers(0, 31, (2, TOKENS))
     changed = tokens.copy()
     changed[:, place] = (tokens[:, place] + 1) % 31
     logits = run(parameters, tokens)
     differs = np.any(logits != run(parameters, changed), axis=(0, 2))
-    assert differs[place:].all()
+    assert differs[place]
     model = nnx.merge(graph, parameters)
     if name == "routing":  # later tokens decide which of the earlier ones meet, as published
         with pytest.raises(ValueError, match="'routing_attention' has no step form"):
             model.init_state(2, TOKENS)
         return
+    assert differs[place:].all()
     assert not differs[:place].any()
     state, parts = model.init_state(2, TOKENS), []
     for part in np.split(tokens, 3, axis=1):
