@@ -77,7 +77,7 @@ def test_the_command_changes_one_option(trained, tmp_path, call, refused, small_
     assert "hip_attention" in shown and "bits per byte" in shown
     for arguments, message in (
         (("--mechanism", "hip_atention"), "did you mean hip_attention"),
-        (("--mechanism", "agent_attention"), "no causal form"),
+        (("--mechanism", "agent_attention"), "does not support is_causal=True"),
         (("--options", "mask_k", 8), "they are of `mechanism`, and none is given"),
         (("--rows", 10_000), "rows: 10000, but"),
     ):
