@@ -9,7 +9,8 @@ from models.layers.mamba import MambaBlock
 from models.layers.mixers import MIXERS
 from models.layers.norm import LayerNorm, RMSNorm, SRMSNorm
 from models.layers.rat import RATLayer
-from models.layers.titans import TitansMAC, TitansMAG, TitansMAL, TitansMemory
+from models.layers.titans import TitansMAC, TitansMAG, TitansMAL
+from models.layers.titans_memory import TitansMemory
 from models.layers.vision_attention import GridAttentionLayer
 
 __all__ = [

@@ -13,7 +13,8 @@ from flax import nnx
 from models.layers.base_conv import BaseConv
 from models.layers.mamba import MambaBlock
 from models.layers.rat import RATLayer
-from models.layers.titans import TitansMAC, TitansMAG, TitansMAL, TitansMemory
+from models.layers.titans import TitansMAC, TitansMAG, TitansMAL
+from models.layers.titans_memory import TitansMemory
 
 MIXERS: MappingProxyType[str, type[nnx.Module]] = MappingProxyType(
     {
