@@ -101,7 +101,8 @@ def compare(config: CompareConfig) -> list[Result]:
             continue
         print(f"\n[{number}/{len(contestants)}] {one.name}", flush=True)
         results.append(_one(one, run, task))
-        write_report(directory, task, base, results)
+        if number < len(contestants):
+            write_report(directory, task, base, results)
     report = write_report(directory, task, base, results)
     print(f"\n{report.read_text()}\nreport  {report}")
     return results

@@ -16,10 +16,8 @@ from rich.table import Table
 
 from experiments import config as configs
 from experiments import parallel, tasks
-from experiments.baselines import ByteModel, lzma_bits
 from experiments.checkpoint import best_step, complete_steps, restore_state
-from experiments.config import MeshConfig, OptimizerConfig, RunConfig, TextConfig
-from experiments.data import text
+from experiments.config import MeshConfig, OptimizerConfig, RunConfig
 from experiments.errors import ExperimentError, run_command
 from experiments.step import Trainer
 from experiments.tasks import Task
@@ -106,10 +104,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
                 measures, count = measure(trainer, parameters, mesh, task, batches)
                 values[", ".join(filter(None, (name_of(run.model), label)))] = measures[task.metric]
                 targets.append(count)
-        if isinstance(run, TextConfig) and config.baselines:
-            values |= _baselines(run, config.max_bytes, targets[0])
-        elif config.baselines:
-            values |= task.baselines(run)
+        if config.baselines:
+            values |= task.baselines(run, targets[0], config.max_bytes)
     except (ValueError, OSError) as error:
         raise ExperimentError(f"data: {error}") from error
     evaluation = Evaluation(step, task, targets[0], values)
@@ -119,18 +115,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     except OSError as error:
         raise ExperimentError(f"cannot write to {config.run}: {error}") from error
     return dataclasses.replace(evaluation, picture=picture)
-
-
-def _baselines(run: TextConfig, max_bytes: int | None, count: int) -> dict[str, float]:
-    """Bits per byte of byte models and a compressor on the bytes that a model was measured on."""
-    documents = list(text.documents(run.data, run.data.test_split, max_bytes))
-    assert count == sum(map(len, documents)), "the model must be measured on every byte"
-    found = {}
-    for order in (2, 0):
-        fitted = ByteModel(order, text.documents(run.data, run.data.train_split))
-        found[f"order-{order} byte model"] = fitted.bits(documents) / count
-    found["lzma"] = lzma_bits(documents) / count
-    return found
 
 
 def load_model(

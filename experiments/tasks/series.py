@@ -84,8 +84,11 @@ class SeriesTask(Task):
         """Each window once."""
         return series.evaluation_batches(config.data, split, batch_size=config.batch_size)
 
-    def baselines(self, config: SeriesConfig) -> dict[str, float]:
+    def baselines(
+        self, config: SeriesConfig, count: int, max_bytes: int | None = None
+    ) -> dict[str, float]:
         """The last value, the last season and a linear map of the inputs."""
+        del count, max_bytes
         return forecasts.baselines(config.data)
 
     def units(self, config: SeriesConfig) -> tuple[int, str]:

@@ -70,9 +70,15 @@ class Task(abc.ABC):
         del max_bytes
         return {"": self.evaluation_batches(config, "test")}
 
-    def baselines(self, config: Any) -> dict[str, float]:
-        """The measure by name of what a model must beat, on the test data; none by default."""
-        del config
+    def baselines(self, config: Any, count: int, max_bytes: int | None = None) -> dict[str, float]:
+        """The measure by name of what a model must beat, on the test data; none by default.
+
+        Args:
+          config: the configuration.
+          count: number of targets on which the model was measured.
+          max_bytes: as for `test_data`.
+        """
+        del config, count, max_bytes
         return {}
 
     @abc.abstractmethod

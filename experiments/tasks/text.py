@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from experiments.baselines import ByteModel, lzma_bits
 from experiments.config import TextConfig
 from experiments.data import text
 from experiments.errors import ExperimentError
@@ -86,6 +87,20 @@ class TextTask(Task):
     ) -> dict[str, Iterator[dict[str, np.ndarray]]]:
         """The test split's bytes, all or the first `max_bytes`."""
         return {"": self.evaluation_batches(config, "test", max_bytes)}
+
+    def baselines(
+        self, config: TextConfig, count: int, max_bytes: int | None = None
+    ) -> dict[str, float]:
+        """Byte models and a compressor, on the bytes that the model was measured on."""
+        data = config.data
+        documents = list(text.documents(data, data.test_split, max_bytes))
+        assert count == sum(map(len, documents)), "the model must be measured on every byte"
+        found = {}
+        for order in (2, 0):
+            fitted = ByteModel(order, text.documents(data, data.train_split))
+            found[f"order-{order} byte model"] = fitted.bits(documents) / count
+        found["lzma"] = lzma_bits(documents) / count
+        return found
 
     def units(self, config: TextConfig) -> tuple[int, str]:
         """Tokens are bytes."""
