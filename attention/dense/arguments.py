@@ -8,6 +8,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from attention.cache.kv_cache import KVCache
+from attention.cache.window_cache import WindowCache, checked_window
+from attention.state import check_state
 from pallas_kernels import masks, partition
 from pallas_kernels.tiled import tiled_attention
 from pallas_kernels.tiled.inputs import zero_outside
@@ -58,7 +60,7 @@ def joined_mask(
     if is_causal:
         parts.append(masks.causal(query_offset))
     if local_window_size is not None:
-        parts.append(masks.window(*_checked_window(local_window_size), query_offset))
+        parts.append(masks.window(*checked_window(local_window_size), query_offset))
     if any(length is not None for length in lengths):
         parts.append(masks.lengths(*lengths))
     if segment_ids is not None:
@@ -126,25 +128,41 @@ def without_hidden(
 
 
 def appended(
-    state: KVCache,
+    state: KVCache | WindowCache,
     query: Float[ArrayLike, "B T N H"],
     key: Float[ArrayLike, "B T K H"],
     value: Float[ArrayLike, "B T K V"],
-    segment_ids: tuple[ArrayLike, ArrayLike] | None,
-) -> tuple[Array, Array, Array, KVCache]:
-    """Returns query, all keys and values in query's dtype, and the cache, for a step.
+    segment_ids: tuple[ArrayLike, ArrayLike] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+) -> tuple[Array, Array, Array, Int[Array, ""], KVCache | WindowCache]:
+    """Puts new tokens into the cache of a step.
+
+    Returns:
+      The query, the cached and new keys and values in query's dtype, the place of the first new
+      token among them, and the cache.
 
     Raises:
-      TypeError: segment ids are not a pair.
-      ValueError: there are not as many keys as queries, or they do not fit into the cache.
+      TypeError: segment ids are not a pair, or the state is no cache.
+      ValueError: there are not as many keys as queries, they do not fit into the cache, or it
+        forgets what the window sees.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     if query.ndim == 4 and key.ndim == 4 and query.shape[1] != key.shape[1]:
         raise ValueError(f"key: {key.shape[1]} tokens must be as many as query's {query.shape[1]}")
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         raise TypeError("segment_ids: must be a pair (ids of queries, ids of the cache) in a step")
-    state = state.append(key, value)
-    return query, state.key.astype(query.dtype), state.value.astype(query.dtype), state
+    if isinstance(state, WindowCache):
+        if local_window_size is None or checked_window(local_window_size)[0] > state.window:
+            raise ValueError(
+                f"local_window_size: {local_window_size} needs more than the {state.window} tokens "
+                "that the state keeps; make it with the same local_window_size"
+            )
+        seen, after = state.extended(key, value)
+        offset = seen.length - key.shape[1]
+    else:
+        seen = after = check_state(state, KVCache).append(key, value)
+        offset = state.length
+    return query, seen.key.astype(query.dtype), seen.value.astype(query.dtype), offset, after
 
 
 def _checked_lengths(value: ArrayLike, name: str, batch: int) -> masks.Bound:
@@ -152,16 +170,3 @@ def _checked_lengths(value: ArrayLike, name: str, batch: int) -> masks.Bound:
     if isinstance(value, int) or value.shape != (batch,):
         raise ValueError(f"{name}: must be int32[B] with B = {batch}; got {jnp.shape(value)}")
     return value
-
-
-def _checked_window(value: int | tuple[int, int]) -> tuple[int, int]:
-    sides = (value, value) if isinstance(value, int) else value
-    if (
-        not isinstance(sides, tuple | list)
-        or len(sides) != 2
-        or not all(isinstance(side, int) and side >= 0 for side in sides)
-    ):
-        raise ValueError(
-            f"local_window_size: must be a number of keys or a pair (left, right); got {value!r}"
-        )
-    return tuple(sides)

@@ -196,8 +196,7 @@ def sigmoid_attention_step(
       >>> out.shape, int(state.length)
       ((1, 3, 4, 8), 3)
     """
-    offset = state.length
-    query, key, value, state = appended(state, query, key, value, segment_ids)
+    query, key, value, offset, state = appended(state, query, key, value, segment_ids)
     out = sigmoid_attention(
         query,
         key,

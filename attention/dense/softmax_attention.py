@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from attention.cache.kv_cache import KVCache, init_of_mechanism
+from attention.cache.kv_cache import KVCache
+from attention.cache.window_cache import WindowCache, init_of_windowed
 from attention.catalogue import Mechanism
 from attention.dense.arguments import appended, batched, joined_mask
 from pallas_kernels import masks
@@ -128,7 +129,7 @@ def softmax_attention(
 
 
 def softmax_attention_step(
-    state: KVCache,
+    state: KVCache | WindowCache,
     query: Float[ArrayLike, "B T N H"],
     key: Float[ArrayLike, "B T K H"],
     value: Float[ArrayLike, "B T K V"],
@@ -143,11 +144,13 @@ def softmax_attention_step(
     alibi_slopes: Float[ArrayLike, "N"] | None = None,
     logits_soft_cap: float | None = None,
     sink: Float[ArrayLike, "N"] | None = None,
-) -> tuple[Array | tuple[Array, Array], KVCache]:
+) -> tuple[Array | tuple[Array, Array], KVCache | WindowCache]:
     """Attends causally from T >= 1 new tokens to all tokens so far: `softmax_attention` in steps.
 
     The new keys and values are appended to the cache; `KVCache.append` says what happens where they
     do not fit. Keys of `bias`, `mask` and `segment_ids` are numbered by their place in the cache.
+    A state that was made with a `local_window_size` keeps no more than that, so that no step takes
+    longer or needs more memory than another; there, they are the kept and then the new tokens.
 
     Args:
       state: the cache, made by `init_softmax_attention_state`.
@@ -157,7 +160,7 @@ def softmax_attention_step(
       bias: as for `softmax_attention`, with S = max_length; likewise the other arguments.
       mask: allows pairs that are also causal.
       scale: of the logits, by default 1 / sqrt(H).
-      local_window_size: (left, right) or one number for both.
+      local_window_size: (left, right) or one number for both; at most that of the state's making.
       implementation: name or None.
       return_residual: whether the output is (output, log-sum-exp).
       segment_ids: (ids of the new tokens [B, T], ids of the tokens in the cache [B, max_length]).
@@ -181,8 +184,9 @@ def softmax_attention_step(
       >>> out.shape, int(state.length)
       ((1, 3, 4, 8), 3)
     """
-    offset = state.length
-    query, key, value, state = appended(state, query, key, value, segment_ids)
+    query, key, value, offset, state = appended(
+        state, query, key, value, segment_ids, local_window_size
+    )
     out = softmax_attention(
         query,
         key,
@@ -203,7 +207,7 @@ def softmax_attention_step(
     return out, state
 
 
-init_softmax_attention_state = init_of_mechanism("softmax_attention")
+init_softmax_attention_state = init_of_windowed("softmax_attention")
 
 
 RECORD = Mechanism(
@@ -220,5 +224,5 @@ RECORD = Mechanism(
     function=softmax_attention,
     step=softmax_attention_step,
     init_state=init_softmax_attention_state,
-    extras=(KVCache,),
+    extras=(KVCache, WindowCache),
 )

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from attention.cache.kv_cache import KVCache, init_of_mechanism
+from attention.cache.kv_cache import KVCache
+from attention.cache.window_cache import WindowCache, init_of_windowed
 from attention.catalogue import Mechanism
 from attention.dense.arguments import appended, batched, joined_mask, log_counts, without_hidden
 from pallas_kernels import masks
@@ -132,7 +133,7 @@ def softplus_attention(
 
 
 def softplus_attention_step(
-    state: KVCache,
+    state: KVCache | WindowCache,
     query: Float[ArrayLike, "B T N H"],
     key: Float[ArrayLike, "B T K H"],
     value: Float[ArrayLike, "B T K V"],
@@ -142,11 +143,13 @@ def softplus_attention_step(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
     segment_ids: tuple[ArrayLike, ArrayLike] | None = None,
-) -> tuple[Float[Array, "B T N V"], KVCache]:
+) -> tuple[Float[Array, "B T N V"], KVCache | WindowCache]:
     """Attends causally from T >= 1 new tokens to all tokens so far: `softplus_attention` in steps.
 
     The new keys and values are appended to the cache; `KVCache.append` says what happens where they
-    do not fit. Keys of `mask` and `segment_ids` are numbered by their place in the cache.
+    do not fit. Keys of `mask` and `segment_ids` are numbered by their place in the cache. A state
+    that was made with a `local_window_size` keeps no more than that, so that no step takes longer
+    or needs more memory than another; there, they are the kept and then the new tokens.
 
     Args:
       state: the cache, made by `init_softplus_attention_state`.
@@ -155,7 +158,7 @@ def softplus_attention_step(
       value: values of the new tokens.
       mask: allows pairs that are also causal.
       reweight_power: p of LSSAR; None for LSSA.
-      local_window_size: (left, right) or one number for both.
+      local_window_size: (left, right) or one number for both; at most that of the state's making.
       implementation: name or None.
       segment_ids: (ids of the new tokens [B, T], ids of the tokens in the cache [B, max_length]).
 
@@ -175,8 +178,9 @@ def softplus_attention_step(
       >>> out.shape, int(state.length)
       ((1, 3, 4, 8), 3)
     """
-    offset = state.length
-    query, key, value, state = appended(state, query, key, value, segment_ids)
+    query, key, value, offset, state = appended(
+        state, query, key, value, segment_ids, local_window_size
+    )
     out = softplus_attention(
         query,
         key,
@@ -192,7 +196,7 @@ def softplus_attention_step(
     return out, state
 
 
-init_softplus_attention_state = init_of_mechanism("softplus_attention")
+init_softplus_attention_state = init_of_windowed("softplus_attention")
 
 
 def _unit(array: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
@@ -217,5 +221,5 @@ RECORD = Mechanism(
     step=softplus_attention_step,
     init_state=init_softplus_attention_state,
     implementations=("reference", "xla", "pallas_tpu"),
-    extras=(KVCache,),
+    extras=(KVCache, WindowCache),
 )

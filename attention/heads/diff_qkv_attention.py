@@ -328,8 +328,7 @@ def diff_qkv_attention_step(
       >>> out.shape, state.key.shape, state.value.shape
       ((1, 5, 8, 4), (1, 64, 1, 4), (1, 64, 2, 4))
     """
-    offset = state.length
-    query, key, value, state = appended(state, query, key, value, segment_ids)
+    query, key, value, offset, state = appended(state, query, key, value, segment_ids)
     out = diff_qkv_attention(
         query,
         key,

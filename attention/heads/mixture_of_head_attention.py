@@ -375,8 +375,7 @@ def mixture_of_head_attention_step(
       >>> out.shape, int(state.length)
       ((1, 5, 4, 8), 5)
     """
-    offset = state.length
-    query, key, value, state = appended(state, query, key, value, segment_ids)
+    query, key, value, offset, state = appended(state, query, key, value, segment_ids)
     out = mixture_of_head_attention(
         query,
         key,

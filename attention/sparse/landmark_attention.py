@@ -323,8 +323,7 @@ def landmark_attention_step(
     """
     check_state(state, KVCache)
     _check(block_size, top_k, implementation)
-    length = state.length
-    query, key, value, state = appended(state, query, key, value, None)
+    query, key, value, length, state = appended(state, query, key, value)
     check_arrays(query, key, value)
     place, index = (jnp.arange(n, dtype=jnp.int32)[None] for n in (query.shape[1], key.shape[1]))
     begin = (length + place) // block_size * block_size

@@ -13,10 +13,10 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
 
-from attention.dense.softmax_attention import softmax_attention
-from attention.linear.titans_neural_memory import (
-    titans_neural_memory,
-)
+from attention.cache.kv_cache import KVCache, init_kv_cache
+from attention.cache.window_cache import WindowCache, init_window_cache
+from attention.dense.softmax_attention import softmax_attention, softmax_attention_step
+from attention.linear.titans_neural_memory import titans_neural_memory
 from attention.positions import rope
 from attention.state import check_state
 from models.checks import check_inputs, check_positive
@@ -24,7 +24,6 @@ from models.layers.attention import check_options, default_head_dim
 from models.layers.initializers import KERNEL_INIT
 from models.layers.norm import RMSNorm
 from models.layers.titans_memory import RESERVED, TitansMemory, TitansMemoryState
-from pallas_kernels import masks
 from pallas_kernels.tiled.merge import merge_partials
 
 
@@ -35,16 +34,12 @@ class TitansLayerState:
 
     Attributes:
       memory: that of the memory.
-      keys: of the attention: turned keys of the last tokens, the newest last, or of the segment so
-        far, in order.
-      values: their values.
-      length: number of tokens so far.
+      attention: turned keys, and values, of the tokens in the window; or of the segment so far, of
+        its tokens and of what the memory says of them.
     """
 
     memory: TitansMemoryState
-    keys: tuple[Float[Array, "B W N H"], ...]
-    values: tuple[Float[Array, "B W N H"], ...]
-    length: Int[Array, ""]
+    attention: WindowCache | tuple[KVCache, KVCache]
 
 
 class _Titans(nnx.Module):
@@ -114,18 +109,9 @@ class _Titans(nnx.Module):
           max_length: the most tokens that will be seen; the state does not depend on it.
           dtype: dtype of keys and values that are kept; None for that of the computation.
         """
-        kept = dtype or self.dtype or self.param_dtype
-        room = jnp.zeros((batch, self._kept, self.num_heads, self.head_dim), kept)
-        rooms = (room,) * self._sources
-        memory = self.memory.init_state(batch, max_length, dtype)
-        return TitansLayerState(memory, rooms, rooms, jnp.zeros((), jnp.int32))
-
-    _sources = 1
-
-    @property
-    def _kept(self) -> int:
-        """Tokens whose keys and values a step needs, beside its own."""
-        return self.tokens - 1
+        sizes = self.num_heads, self.head_dim, self.head_dim
+        attention = self._cache(batch, *sizes, dtype or self.dtype or self.param_dtype)
+        return TitansLayerState(self.memory.init_state(batch, max_length, dtype), attention)
 
     def _split(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
@@ -165,31 +151,19 @@ class _Titans(nnx.Module):
         return self._merged(query, [part], **options)
 
     def _windowed_step(
-        self, x: Array, state: TitansLayerState, position: Array | int
-    ) -> tuple[Array, tuple, tuple]:
-        """Returns the output and the keys and values to keep."""
-        batch, new = x.shape[:2]
-        positions = position + jnp.arange(new)
+        self, x: Array, cache: WindowCache, position: Array | int
+    ) -> tuple[Array, WindowCache]:
+        """Returns the output and what is kept."""
+        positions = position + jnp.arange(x.shape[1])
         query = self._split(self.query(x))
-        keys, values = (
-            jnp.concatenate([old[0], a.astype(old[0].dtype)], axis=1)
-            for old, a in zip((state.keys, state.values), self._keys(x, positions), strict=True)
-        )
-        # Places that no token has taken yet are of another document.
-        taken = jnp.arange(keys.shape[1]) >= self._kept - state.length
-        ids = jnp.broadcast_to(jnp.where(taken, 0, 1), (batch, keys.shape[1]))
-        part = softmax_attention(
+        part, cache = softmax_attention_step(
+            cache,
             rope(query, positions),
-            keys.astype(query.dtype),
-            values.astype(query.dtype),
-            is_causal=True,
-            local_window_size=(self._kept, 0),
-            query_offset=self._kept,
-            segment_ids=(jnp.zeros((batch, new), jnp.int32), ids),
+            *self._keys(x, positions),
+            local_window_size=(self.tokens - 1, 0),
             return_residual=True,
         )
-        keep = slice(keys.shape[1] - self._kept, None)
-        return self._merged(query, [part]), (keys[:, keep],), (values[:, keep],)
+        return self._merged(query, [part]), cache
 
     def _gated(self, y: Array, memory: Array) -> Array:
         """The gate is 1 where the memory has nothing to say."""
@@ -280,12 +254,15 @@ class _Windowed(_Titans):
         kept = []
 
         def attend(y: Array) -> Array:
-            out, *rest = self._windowed_step(y, state, position)
-            kept.extend(rest)
+            out, cache = self._windowed_step(y, state.attention, position)
+            kept.append(cache)
             return out
 
         out = self._both(x, memory, attend)
-        return out, TitansLayerState(after, *kept, state.length + x.shape[1])
+        return out, TitansLayerState(after, *kept)
+
+    def _cache(self, batch: int, *sizes: Any) -> WindowCache:
+        return init_window_cache(batch, self.tokens - 1, *sizes)
 
 
 class TitansMAG(_Windowed):
@@ -376,8 +353,6 @@ class TitansMAC(_Titans):
       ValueError: a size does not fit.
       TypeError: a size is not an integer.
     """
-
-    _sources = 2
 
     def __init__(
         self,
@@ -487,37 +462,24 @@ class TitansMAC(_Titans):
         def one(state: TitansLayerState, inputs: tuple) -> tuple[TitansLayerState, Array]:
             x, position = inputs
             x, positions = x[:, None], position[None]
-            place = state.length % self.tokens
             query = self._split(self.query(x))
-            turned, keys, values, parts = rope(query, positions), [], [], []
-            for i, source in enumerate((self.memory.recall(x, state.memory), x)):
-                key, value = (
-                    jax.lax.dynamic_update_slice_in_dim(old, a.astype(old.dtype), place, axis=1)
-                    for old, a in zip(
-                        (state.keys[i], state.values[i]),
-                        self._keys(source, positions),
-                        strict=True,
-                    )
+            turned, caches, parts = rope(query, positions), [], []
+            sources = self.memory.recall(x, state.memory), x
+            for cache, source in zip(state.attention, sources, strict=True):
+                # Of a segment that is over, nothing is seen any more.
+                cache = dataclasses.replace(cache, length=cache.length % self.tokens)
+                part, cache = softmax_attention_step(
+                    cache, turned, *self._keys(source, positions), return_residual=True
                 )
-                part = softmax_attention(
-                    turned,
-                    key.astype(query.dtype),
-                    value.astype(query.dtype),
-                    mask=masks.lengths(key=place + 1),
-                    return_residual=True,
-                )
-                keys.append(key)
-                values.append(value)
+                caches.append(cache)
                 parts.append(part)
             y = self._merged(query, parts)
             read, memory = self.memory.step(y, state.memory, position)
-            after = TitansLayerState(memory, tuple(keys), tuple(values), state.length + 1)
-            return after, self._gated(y, read)[:, 0]
+            return TitansLayerState(memory, tuple(caches)), self._gated(y, read)[:, 0]
 
         positions = jnp.asarray(position) + jnp.arange(x.shape[1])
         state, out = jax.lax.scan(one, state, (jnp.moveaxis(x, 1, 0), positions))
         return jnp.moveaxis(out, 0, 1), state
 
-    @property
-    def _kept(self) -> int:
-        return self.tokens
+    def _cache(self, batch: int, *sizes: Any) -> tuple[KVCache, KVCache]:
+        return (init_kv_cache(batch, self.tokens, *sizes),) * 2
