@@ -1,5 +1,6 @@
 """What all tests share: eight CPU devices, unless those of a GPU are asked for, and fixtures."""
 
+import gc
 import os
 
 import pytest
@@ -28,6 +29,13 @@ def pytest_configure(config):
                 "wheels",
                 returncode=pytest.ExitCode.USAGE_ERROR,
             )
+
+
+def pytest_collection_finish():
+    # Tracing makes objects by the million and hardly a cycle: by default a tenth of all time goes
+    # into looking for some.
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 50)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -42,11 +42,18 @@ class MechanismsConfig(ReportConfig):
     """Dtype of the arrays."""
     repeats: int = 3
     """Runs, of which the fastest counts."""
+    min_seconds: float = 0.5
+    """A mechanism that is faster at the longest length runs at longer ones too, up to four times
+    that, which count for its exponents: there what it keeps has left the caches."""
     max_seconds: float = 60.0
     """Longer lengths of a mechanism are left out where the next would take longer than this."""
 
     def fill(self, report: Report) -> None:
-        """Runs every mechanism at every length; exponents are those of the last two doublings."""
+        """Runs every mechanism at every length; exponents are those of the last two doublings.
+
+        Raises:
+          ExperimentError: lengths or repeats make no sense.
+        """
         if len(self.tokens) < 2 or sorted(set(self.tokens)) != list(self.tokens):
             raise ExperimentError(f"tokens: {self.tokens}; give two lengths or more, ascending")
         if min(self.tokens) < 1 or self.repeats < 1:
@@ -72,6 +79,7 @@ class MechanismsConfig(ReportConfig):
             grown = exponent(seconds)
             row |= {f"{n} ms": _milliseconds(seconds.get(n)) for n in self.tokens}
             row["exponent"] = "-" if grown is None else f"{grown:.2f}"
+            row["up to"] = f"{max(seconds):,}"
             row["agrees"] = "-" if grown is None else _agrees(grown, record.time)
             row["memory claimed"] = record.memory
             longest = self.tokens[-1]
@@ -96,21 +104,22 @@ class MechanismsConfig(ReportConfig):
         """Returns seconds of the lengths that were run, and bytes of all, by length."""
         seconds: dict[int, float] = {}
         sizes: dict[int, int] = {}
-        for tokens in self.tokens:
+        longest = self.tokens[-1]
+        for tokens in (*self.tokens, 2 * longest, 4 * longest):
+            last = max(seconds, default=None)
+            if tokens > longest and (last != tokens // 2 or seconds[last] > self.min_seconds):
+                break
             arrays = _arrays(record, tokens, self.heads, self.features, jnp.dtype(self.dtype))
             function = functools.partial(record.function, **_causal(record))
             function = directed(self.direction, function, range(len(arrays)))
             compiled = jax.jit(function).lower(*arrays).compile()
             sizes[tokens] = compiled.memory_analysis().temp_size_in_bytes
-            last = max(seconds, default=None)
             if last is not None:
                 power = max(POWERS.get(record.time, 2.0), 1.0)
                 if seconds[last] * (tokens / last) ** power > self.max_seconds:
                     continue
             progress(f"{record.slug}, {tokens} tokens")
-            # A call of several seconds is not disturbed by what disturbs one of milliseconds.
-            slow = last is not None and seconds[last] > 1
-            seconds[tokens] = fastest(compiled, arrays, 1 if slow else self.repeats)
+            seconds[tokens] = fastest(compiled, arrays, self.repeats)
         return seconds, sizes
 
 

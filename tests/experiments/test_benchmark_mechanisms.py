@@ -31,11 +31,13 @@ def test_table(call, tmp_path):
     )
     lines = shown.strip().splitlines()
     assert len(lines) == 3 and "| aaren_attention | O(T) |" in lines[2]
-    for column in ("64 ms", "256 ms", "exponent", "agrees", "MiB at 256", "of exact"):
+    for column in ("64 ms", "256 ms", "exponent", "up to", "agrees", "MiB at 256", "of exact"):
         assert f" {column} |" in lines[0]
+    assert "| 1,024 |" in lines[2] and " 512 ms" not in lines[0]
     (record,) = json.loads(path.read_text())["records"]
-    assert set(record["seconds"]) == set(record["bytes"]) == {"64", "128", "256"}
-    assert 0.5 < record["memory exponent"] < 1.2
+    lengths = {"64", "128", "256", "512", "1024"}
+    assert set(record["seconds"]) == set(record["bytes"]) == lengths
+    assert record["memory exponent"] < 1.2
 
 
 def test_lengths_that_make_no_sense_are_refused(call):
