@@ -174,9 +174,11 @@ CONTESTANTS = {
     "mqar": ",".join(
         [
             "softmax_attention",
-            "based:feature_dim=16",
-            "based:feature_dim=8",
-            "based:feature_dim=4",
+            "based:feature_dim=16:window=4",
+            "based:feature_dim=2:window=4",
+            "based:feature_dim=1:window=4",
+            "based:feature_dim=1:window=16",
+            "based:feature_dim=1:window=32",
             "norm_attention",
             "base_conv",
         ]

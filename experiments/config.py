@@ -21,7 +21,10 @@ from experiments.data.text import VOCAB_SIZE, TextDataConfig
 from experiments.errors import USAGE, ExperimentError
 from models.forecasting import ForecasterConfig
 from models.language import DecoderConfig, transformer, transnormer_llm
-from models.vision import PyramidConfig, ViTConfig
+from models.vision_config import (
+    PyramidConfig,
+    ViTConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -144,9 +147,9 @@ class MqarConfig(RunConfig):
 
     preset: str = "mqar"
     """Named set of defaults; `--help` shows the defaults of the preset that stands before it."""
-    steps: int = 800
+    steps: int = 1500
     """Optimiser steps."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Sequences in a step, over all devices and processes."""
     model: DecoderConfig = field(default_factory=lambda: transformer(vocab_size=VOCAB_SIZE))
     data: MqarDataConfig = field(default_factory=MqarDataConfig)

@@ -23,7 +23,13 @@ from experiments.data.series import SeriesDataConfig
 from experiments.data.text import VOCAB_SIZE
 from models.forecasting import ForecasterConfig
 from models.language import transformer, transnormer_llm
-from models.vision import ViTConfig, agent_deit, biformer, nat, soft_tiny
+from models.vision_config import (
+    ViTConfig,
+    agent_deit,
+    biformer,
+    nat,
+    soft_tiny,
+)
 
 
 def _text_presets() -> dict[str, TextConfig]:
@@ -109,15 +115,16 @@ def _mqar_presets() -> dict[str, MqarConfig]:
     # A short convolution tells tokens their neighbours, without which a model has to find out first
     # that values stand behind their keys: it takes its place in all that are compared.
     model = transformer(
-        vocab_size=128,
+        vocab_size=64,
         num_layers=3,
         num_heads=2,
         features=64,
+        positions=None,
         layers=("base_conv", "softmax_attention", "softmax_attention"),
     )
-    data = MqarDataConfig(vocab_size=128, length=64, pairs=16, evaluate_lengths=(128, 256))
+    data = MqarDataConfig(vocab_size=64, length=48, pairs=8, evaluate_lengths=(96, 192))
     optimizer = OptimizerConfig(learning_rate=3e-3)
-    log = LogConfig(every=50, evaluate_every=100)
+    log = LogConfig(every=50, evaluate_every=250)
     mqar = MqarConfig(model=model, data=data, optimizer=optimizer, log=log)
     return {
         "mqar": mqar,

@@ -15,7 +15,11 @@ from jaxtyping import Array, Float, Int
 from experiments.data import images
 from experiments.errors import ExperimentError
 from experiments.tasks.task import Sums, Task
-from models.vision import PyramidConfig, PyramidTransformer, VisionTransformer, ViTConfig
+from models.vision import PyramidTransformer, VisionTransformer
+from models.vision_config import (
+    PyramidConfig,
+    ViTConfig,
+)
 
 
 def classification_sums(

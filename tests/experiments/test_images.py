@@ -26,7 +26,9 @@ from experiments.data.images import (
 from experiments.errors import ExperimentError
 from experiments.step import Trainer
 from experiments.tasks.images import ImagesTask, classification_sums
-from models.vision import ViTConfig
+from models.vision_config import (
+    ViTConfig,
+)
 
 CLASSES = {"channels": 1, "num_classes": 10}
 COLOURS = [np.random.default_rng(i).integers(0, 256, (5 + i, 9 - i, 3), np.uint8) for i in range(5)]

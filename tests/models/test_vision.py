@@ -12,11 +12,10 @@ from flax import nnx
 
 from attention import catalogue
 from models.layers import GridAttentionLayer, LayerNorm
-from models.vision import (
+from models.vision import PyramidTransformer, VisionTransformer
+from models.vision_config import (
     PyramidConfig,
-    PyramidTransformer,
     StageConfig,
-    VisionTransformer,
     ViTConfig,
     agent_deit,
     biformer,
