@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attention import catalogue
 from attention.catalogue import Mechanism
@@ -19,11 +20,14 @@ from experiments.compile_report import chosen
 from experiments.errors import ExperimentError
 
 EXACT = "softmax_attention"
-POWERS = {"O(T)": 1.0, "O(T log T)": 1.0, "O(T^1.5)": 1.5, "O(T^2)": 2.0}
-"""Exponents that costs claim, but for logarithms."""
-SLACK = 0.25
-"""By how much an exponent may exceed what is claimed: a doubling that leaves the caches, or a
-logarithm, adds that much."""
+POWERS = {"O(T)": 1.0, "O(T log T)": 1.2, "O(T^1.5)": 1.5, "O(T^2)": 2.0}
+"""Exponents that costs claim. What a logarithm adds depends on where it begins to count: 0.5 over
+two doublings if that is a quarter of the first length, 0.1 if it is one token."""
+SLACK = 0.3
+"""By how much an exponent may exceed what is claimed: one doubling that leaves the caches adds that
+much."""
+SPAN = 8
+"""Lengths from which an exponent is taken: the longest, and those of an eighth of it or more."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class MechanismsConfig(ReportConfig):
     """Longer lengths of a mechanism are left out where the next would take longer than this."""
 
     def fill(self, report: Report) -> None:
-        """Runs every mechanism at every length; exponents are those of the last two doublings.
+        """Runs every mechanism at every length; exponents are those of the last lengths.
 
         Raises:
           ExperimentError: lengths or repeats make no sense.
@@ -124,7 +128,7 @@ class MechanismsConfig(ReportConfig):
 
 
 def exponent(costs: Mapping[int, float]) -> float | None:
-    """The power of the length with which a cost grew over the last lengths, a factor of 4 at most.
+    """The power of the length with which a cost grew over the last lengths, by least squares.
 
     Args:
       costs: by length.
@@ -134,13 +138,13 @@ def exponent(costs: Mapping[int, float]) -> float | None:
     """
     if len(costs) < 2:
         return None
-    last = max(costs)
-    first = min(n for n in costs if 4 * n >= last)
-    if first == last:
-        first = sorted(costs)[-2]
-    if not costs[first]:
-        return 0.0 if not costs[last] else math.inf
-    return math.log(costs[last] / costs[first]) / math.log(last / first)
+    lengths = sorted(costs)
+    lengths = [n for n in lengths if SPAN * n >= lengths[-1]]
+    lengths = lengths if len(lengths) > 1 else sorted(costs)[-2:]
+    last = [costs[n] for n in lengths]
+    if not min(last):
+        return 0.0 if not max(last) else math.inf
+    return float(np.polyfit(np.log(lengths), np.log(last), 1)[0])
 
 
 def _agrees(grown: float, claimed: str) -> str:

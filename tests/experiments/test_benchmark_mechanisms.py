@@ -10,7 +10,7 @@ from experiments.errors import ExperimentError
 
 @pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
 def test_exponents_are_of_the_last_lengths(power):
-    costs = {n: 1e-9 * n**power for n in (1024, 2048, 4096, 8192)}
+    costs = {n: 1e-9 * n**power for n in (1024, 2048, 4096, 8192, 16384)}
     costs[1024] = 1.0  # what does not count
     assert exponent(costs) == pytest.approx(power)
     assert exponent({1024: 1.0}) is None
