@@ -82,7 +82,8 @@ def landmark_attention(
         landmarks of blocks before.
       scale: factor of the scores; None for 1 / sqrt(H).
       segment_ids: documents packed into a row: tokens attend within their own.
-      implementation: None for the best, "reference" or "xla".
+      implementation: None for the best, "reference", "xla", or "pallas_tpu" for a `block_size` of
+        8, 16, 32, 64 or 128 without `top_k`.
 
     Returns:
       The output in query's dtype.
@@ -137,7 +138,7 @@ def _check(block_size: int, top_k: int | None, implementation: str | None) -> No
     if not isinstance(block_size, int) or block_size < 2:
         raise ValueError(f"block_size: must be an integer of at least 2; got {block_size!r}")
     check_positive(top_k=1 if top_k is None else top_k)
-    available = {name: lambda: None for name in ("xla", "reference")}
+    available = {name: lambda: None for name in ("xla", "reference", "pallas_tpu")}
     resolve_implementation(implementation, available, function="landmark_attention")
 
 
@@ -356,6 +357,7 @@ RECORD = Mechanism(
     time="O(T^2)",
     memory="O(T)",
     kernel="tiled",
+    implementations=("reference", "xla", "pallas_tpu"),
     has_weights=False,
     function=landmark_attention,
     step=landmark_attention_step,

@@ -41,6 +41,7 @@ def cases() -> dict[str, Case | str]:
             "row_statistic": SLOPES,
             "reweight": (3.0, 1.0),
         },
+        "groups of 64": {"mask": masks.causal(), "group_size": 64},
         "relative bias": {"relative_bias": np.zeros((HEADS, 257), np.float32)},
         "block list": {"mask": masks.causal() & masks.blocks(*_lists(64, 16), 64, 64)},
         "block list of 16 tokens": {"mask": masks.blocks(*_lists(16, 32), 16, 16)},

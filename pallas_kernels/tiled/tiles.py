@@ -426,6 +426,7 @@ def chosen(
 def limited(options: Options, x: Inputs, size: int) -> int:
     """Returns the size of a tile: less where more is copied, or scores take more operations."""
     several = x.query.dtype != jnp.bfloat16 or options.reweight is not None
+    several |= options.group_size is not None
     return min(size, 512) if several or has_scores(x) else size
 
 

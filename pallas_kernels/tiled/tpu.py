@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.tiled import tiles
+from pallas_kernels.tiled import groups, tiles
 from pallas_kernels.tiled.inputs import Inputs, Options, without_hidden
 from pallas_kernels.tiled.schedule import FEWEST, Grid, schedule, split
 from pallas_kernels.tiled.scores import LOG2E, Operands, Scores, dot, parts
@@ -44,8 +44,6 @@ LOWEST = -1e30
 def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ()) -> str | None:
     """Returns why the kernels do not serve a call, or these gradients of it, or None."""
     del gradients
-    if options.group_size is not None:
-        return "it has no groups of keys"
     if inputs.query.dtype == jnp.float64:
         return "it does not compute in float64"
     lists, _ = split(inputs.mask)
@@ -54,6 +52,12 @@ def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ())
         multiple, where = LANES, "with a relative_bias, "
     elif tiles.has_scores(inputs):
         multiple, where = LANES, "with a bias or dense mask over queries and keys, "
+    size = options.group_size
+    if size is not None:
+        if size not in groups.SIZES:
+            return f"groups of keys must have {_named(groups.SIZES)} keys; got {size}"
+        if lists and tiles.listed(inputs, lists, transposed=False)[1] % size:
+            return f"no tile of the lists' blocks has whole groups of {size} keys"
     for blocks in lists:
         if blocks.block_q % multiple or blocks.block_k % multiple:
             return (
@@ -61,6 +65,10 @@ def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ())
                 f"{blocks.block_q} and block_k {blocks.block_k}"
             )
     return None
+
+
+def _named(sizes: Sequence[int]) -> str:
+    return f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}"
 
 
 def forward(
@@ -139,7 +147,7 @@ def _kernel(
     head = n // (tiling.heads // key.shape[1])
     maximum, total, sums = scratch.get("maximum"), scratch.get("total"), scratch["sums"]
     exact, reweight = query.dtype == jnp.float32, call.options.reweight is not None
-    operands = operands.bound(refs, scratch["operands"])
+    operands, group = operands.bound(refs, scratch["operands"]), call.options.group_size
 
     sink = None
     if "sink" in operands.operands:
@@ -164,8 +172,12 @@ def _kernel(
             values = scratch["value"][slot, part]
             here = operands.values(slot, row, start, masked)
             scores, _ = call.held(products, here, *tiles.positions(numbers, tiling, row, start))
+            shares = None
+            if group is not None:
+                scores, shares = (x.T for x in groups.by_landmarks(scores.T, group, call.exp))
             if not call.online or reweight:
                 weights, _ = call.divided(scores, here.get("statistic"), exact)
+                weights = weights if shares is None else weights * shares
             if maximum is None:
                 if total is not None:
                     total[...] += tiles.lane_sums(weights)
@@ -177,6 +189,7 @@ def _kernel(
             now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
             decay = call.exp(before - now)
             weights = call.exp(scores - tiles.across(now, tiling.column_part))
+            weights = weights if shares is None else weights * shares
             maximum[...] = now
             total[...] = total[...] * decay + tiles.lane_sums(weights)
             product = dot(weights.astype(values.dtype), values, 1, 0)
@@ -220,6 +233,8 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
         tile_q, tile_k, part = tiles.chosen(TILES, Grid(queries, keys, 0, 0), x.mask, 0)
         if x.table is not None and tile_q > 1024:  # registers would spill
             tile_q, part = 1024, 512
+        if options.group_size is not None:  # a part is in registers, and scheduled, as one
+            tile_q, part = min(tile_q, 256), 256
         tile_q, tile_k = tiles.limited(options, x, tile_q), tiles.limited(options, x, tile_k)
         rows = tiles.even(queries, options.tile_q or tile_q)
         columns, pieces = max(tiles.even(keys, options.tile_k or tile_k), LANES), 1

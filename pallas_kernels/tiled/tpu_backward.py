@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.tiled import sums, tiles
+from pallas_kernels.tiled import groups, sums, tiles
 from pallas_kernels.tiled.inputs import (
     Inputs,
     Options,
@@ -289,12 +289,19 @@ def _kernel(
         d_weights = dot(value[rows], scratch["d_out"][slot, columns], 1, 1)
         if options.normalise:
             d_weights -= here["delta"]
+        group = options.group_size
+        if group is not None:
+            scores, shares = groups.by_landmarks(scores, group, call.exp)
         weights, derivative = call.divided(scores, here.get("divisor"), exact)
+        if group is not None:
+            weights = derivative = weights * shares
         by_statistic = weights  # the derivative by the statistic, but for its sign
         if options.reweight is not None:
             weights, by_weights = call.reweighted(weights, here["log_sum"])
             derivative, by_statistic = derivative * by_weights, by_statistic * by_weights
         d_scores = derivative * d_weights
+        if group is not None:
+            d_scores = groups.before_landmarks(d_scores, shares, group)
         terms = dict.fromkeys(wanted, d_scores)
         if "statistic" in wanted:
             terms["statistic"] = by_statistic * d_weights
@@ -372,6 +379,7 @@ def _tiling(options: Options, x: Inputs) -> tuple[Tiling, Grid]:
         )
         tile_q, tile_k = tiles.limited(options, x, tile_q), tiles.limited(options, x, tile_k)
         rows = tiles.even(keys, options.tile_k or tile_k)
+        rows += -rows % (options.group_size or 1)
         columns, pieces = max(tiles.even(queries, options.tile_q or tile_q), LANES), 1
         row_part = next(s for s in (row_part, 256, LANES, rows) if rows % s == 0)
         column_part = next(s for s in (column_part, 512, 256, LANES) if columns % s == 0)

@@ -13,6 +13,7 @@ from attention import landmark_attention, softmax_attention
 from tests.numerics import assert_close
 from tests.oracles import landmark_attention as oracle
 from tests.sharding import COLLECTIVE, mesh, place
+from tests.tpu import interpreted
 
 B, T, N, K, H, V = 2, 19, 4, 2, 8, 19
 
@@ -102,6 +103,24 @@ def test_against_the_oracle(case, x64):
 
 def test_gradients(x64):
     assert_close(*_gradients(*_arrays(jnp.float64)), jnp.float64, factor=4)
+
+
+def test_the_kernel_for_tpu():
+    """In Pallas's TPU interpret mode: documents, and blocks that begin anywhere."""
+    case = {"segment_ids": IDS, "is_landmark": WINDOWS, "num_landmarks": 7}
+
+    def results(implementation):
+        def loss(*arrays):
+            out = landmark_attention(*arrays, block_size=8, implementation=implementation, **case)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*_arrays())
+
+    with interpreted():
+        actual = jax.block_until_ready(results("pallas_tpu"))
+    assert_close(actual, results("reference"), factor=2)
+    with pytest.raises(NotImplementedError, match="'pallas_tpu'.*: groups of keys must have 8, "):
+        landmark_attention(*_arrays(), block_size=4, implementation="pallas_tpu")
 
 
 def test_few_tokens_are_causal_softmax_attention():

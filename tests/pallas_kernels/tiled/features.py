@@ -251,6 +251,23 @@ SCORES = {
         },
         batch=2,
     ),
+    "groups of 16, alibi, sink, bias, dense, causal": Call(
+        {
+            "group_size": 16,
+            "bias": normal(5, 1, 2, T, 208),
+            "alibi_slopes": SLOPES,
+            "sink": SINK,
+            "query_offset": 60,
+            # Of some groups nothing is seen, of some only their landmarks, of some all but them.
+            "mask": masks.causal(60) & masks.dense(_some(1, 1, T, 208)) & masks.window(90, 0, 60),
+        },
+        keys=208,
+    ),
+    "groups of 128, bounded, lengths, bfloat16": Call(
+        {"group_size": 128, "logits_soft_cap": 3.0, "mask": masks.lengths(key=np.array([300]))},
+        keys=384,
+        dtype=jnp.bfloat16,
+    ),
     # Of keys that fill their tiles none is masked.
     "reweighted softmax, 80 features, whole tiles": Call(
         {"row_statistic": 5 + normal(6, 1, T, 3), "reweight": (2.0, 0.0)},
@@ -282,6 +299,9 @@ BLOCK_LISTS = {
         key_heads=1,
     ),
     # Tiles of 16 by 32: a third of them each way.
+    "blocks of 32 by 64, groups of 8": block_list(
+        32, 64, options={"group_size": 8, "logits_soft_cap": 3.0}, keys=192
+    ),
     "blocks of 48 by 96, statistic of a sigmoid, bias of heads": block_list(
         48,
         96,

@@ -120,5 +120,8 @@ def test_wrong_arguments(options, message):
     arrays = [ARRAYS[x].astype(np.float32) for x in ("query", "key", "value")]
     with pytest.raises(ValueError, match=message):
         tiled_attention(*arrays, **options)
-    with pytest.raises(NotImplementedError, match=r"'pallas_tpu' .*: it has no groups of keys"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"'pallas_tpu' .*: groups of keys must have 8, .* 128 keys; got 4",
+    ):
         tiled_attention(*arrays, group_size=4, implementation="pallas_tpu")

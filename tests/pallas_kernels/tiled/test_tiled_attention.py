@@ -102,8 +102,7 @@ FEATURES = {
     },
     "sink, dense of keys, causal that hides": {
         "sink": SINK,
-        "mask": masks.causal(-4)
-        & masks.dense(np.random.default_rng(6).random((B, 1, 1, S)) < 0.4),
+        "mask": masks.causal(-4) & masks.dense(np.random.default_rng(6).random((B, 1, 1, S)) < 0.4),
     },
     "segments of heads": {
         "mask": masks.segments(np.tile(SEGMENTS[:, None], (1, K, 1))[..., :T], SEGMENTS)
