@@ -161,7 +161,7 @@ class NeedleConfig(RunConfig):
 
     preset: str = "needle"
     """Named set of defaults; `--help` shows the defaults of the preset that stands before it."""
-    steps: int = 600
+    steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 32
     """Sequences in a step, over all devices and processes."""

@@ -183,7 +183,11 @@ def _needle_presets() -> dict[str, NeedleConfig]:
             batch_size=8,
             model=dataclasses.replace(model, features=16, landmarks=3, num_layers=2),
             data=NeedleDataConfig(
-                length=16, evaluate_examples=8, evaluate_lengths=(16, 32), evaluate_depths=(0, 1)
+                length=16,
+                values=3,
+                evaluate_examples=8,
+                evaluate_lengths=(16, 32),
+                evaluate_depths=(0, 1),
             ),
             checkpoint=CheckpointConfig(every=5),
             log=LogConfig(every=1, evaluate_every=10),

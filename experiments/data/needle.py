@@ -32,13 +32,13 @@ class NeedleDataConfig:
 
     vocab_size: int = 64
     """Number of different tokens."""
-    length: int = 128
+    length: int = 64
     """Tokens of a sequence while training, the question and its answer among them."""
-    values: int = 3
+    values: int = 8
     """Tokens to be found."""
     evaluate_examples: int = 32
     """Sequences on which accuracy is measured, at each length and depth."""
-    evaluate_lengths: tuple[int, ...] = (128, 256, 512, 1024)
+    evaluate_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
     """Lengths on which accuracy is measured at the end."""
     evaluate_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Depths at which it is measured there."""

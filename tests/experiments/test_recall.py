@@ -126,7 +126,7 @@ def test_needles_lie_at_their_depth():
         (lambda: MqarDataConfig(pairs=0), "pairs: 0 must be at least 1"),
         (lambda: MqarExamples(TINY.data, "dev", seed=0, count=1), "split: 'dev' must be one of"),
         (lambda: MqarExamples(TINY.data, "test", seed=-1, count=1), "seed: -1 must be at least 0"),
-        (lambda: NeedleDataConfig(length=7), "length: 7 must be at least 8"),
+        (lambda: NeedleDataConfig(length=7), "length: 7 must be at least 18"),
         (lambda: NeedleDataConfig(evaluate_depths=(2.0,)), "evaluate_depths: 2.0 must be from 0"),
     ],
 )

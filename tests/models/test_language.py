@@ -365,13 +365,12 @@ def product_count(jaxpr):
     return count(jaxpr)
 
 
-@both_models
-def test_rematerialisation_and_scan_change_no_value(config):
+def test_rematerialisation_and_scan_change_no_value():
     tokens, results, products = some_tokens(), {}, {}
     compiled = {("none", False), ("dots", False), ("none", True), ("full", True)}
     for scan in (False, True):
         for remat in ("none", "dots", "full"):
-            model = make(config, num_layers=3, remat=remat, scan_layers=scan)
+            model = make(TRANSNORMER, num_layers=3, remat=remat, scan_layers=scan)
             graph, parameters = nnx.split(model)
             step = jax.value_and_grad(lambda p, graph=graph: loss(nnx.merge(graph, p), tokens))
             traced = jax.jit(step).trace(parameters)

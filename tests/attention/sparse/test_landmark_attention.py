@@ -119,7 +119,7 @@ def test_the_kernel_for_tpu():
     with interpreted():
         actual = jax.block_until_ready(results("pallas_tpu"))
     assert_close(actual, results("reference"), factor=2)
-    with pytest.raises(NotImplementedError, match="'pallas_tpu'.*: groups of keys must have 8, "):
+    with pytest.raises(NotImplementedError, match=r"'pallas_tpu'.*: groups of keys must have 8, "):
         landmark_attention(*_arrays(), block_size=4, implementation="pallas_tpu")
 
 

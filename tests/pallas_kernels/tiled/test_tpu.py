@@ -105,7 +105,6 @@ def generation_6(monkeypatch):
     [
         "everything",
         "blocks of 128 by 256, relu, sink, bias, dense",
-        "reweighted softmax, 80 features, whole tiles",
         "default tiles",
     ],
 )
@@ -163,12 +162,9 @@ def test_the_order_of_the_grid_does_not_matter(feature):
     chex.assert_trees_all_equal(actual, _kernel_of(feature))
 
 
-@pytest.mark.parametrize(
-    "feature", ["soft cap, bias of keys, lengths, fewer key heads", "relu as it is, prefix"]
-)
-def test_what_a_range_hides_may_be_anything(feature):
+def test_what_a_range_hides_may_be_anything():
     """NaN beyond lengths and ranges changes no bit of results and gradients."""
-    call = FEATURES[feature]
+    call = FEATURES["soft cap, bias of keys, lengths, fewer key heads"]
     mask, arrays = call.options["mask"], call.arrays
     seen = np.asarray(mask.to_dense(call.queries, call.keys))[:, 0]
     hidden = {"query": ~seen.any(2), "key": ~seen.any(1), "value": ~seen.any(1)}
@@ -258,8 +254,7 @@ def test_logits_of_ten_thousand(weights):
     assert_close(actual[0], expected[0], factor=1e4 * 2**-24 / LIMITS["float32"])
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded(kind):
+def test_sharded():
     """Over eight devices, each with its part of batch and heads."""
     call = Call(
         {"mask": masks.causal(), "sink": np.float32([-1, 3, 0, 1])},
@@ -270,7 +265,7 @@ def test_sharded(kind):
         features=16,
     )
     expected = _defined(call)
-    devices = mesh(kind)
+    devices = mesh(AxisType.Explicit)
     arrays = {
         name: place(devices, x, *(("data", None, "tensor") if x.ndim == 4 else ()))
         for name, x in call.arrays.items()
