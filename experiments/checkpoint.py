@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,7 @@ class Checkpoints:
                     ),
                 )
             except Exception as error:
+                _silence_coroutines()
                 data.set_state(start)
                 damaged.append(f"the checkpoint of step {step} cannot be read ({_brief(error)})")
                 continue
@@ -243,6 +246,22 @@ def _free_name(path: Path) -> Path:
 
 def _processes(count: int) -> str:
     return f"{count} process{'' if count == 1 else 'es'}"
+
+
+def _silence_coroutines() -> None:
+    """Keeps coroutines of Orbax that are thrown away halfway from printing tracebacks.
+
+    Where it fails to read an array, it leaves those that read the others, for whenever the
+    interpreter gets rid of them.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        thrown = unraisable.object
+        if not (inspect.iscoroutine(thrown) and "orbax" in thrown.cr_code.co_filename):
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _brief(error: BaseException) -> str:

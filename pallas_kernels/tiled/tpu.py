@@ -56,14 +56,14 @@ def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ())
     if size is not None:
         if size not in groups.SIZES:
             return f"groups of keys must have {_named(groups.SIZES)} keys; got {size}"
-        if lists and tiles.listed(inputs, lists, transposed=False)[1] % size:
-            return f"no tile of the lists' blocks has whole groups of {size} keys"
     for blocks in lists:
         if blocks.block_q % multiple or blocks.block_k % multiple:
             return (
                 f"{where}blocks of a list must be multiples of {multiple} tokens; got block_q "
                 f"{blocks.block_q} and block_k {blocks.block_k}"
             )
+    if size is not None and lists and tiles.listed(inputs, lists, transposed=False)[1] % size:
+        return f"no tile of the lists' blocks has whole groups of {size} keys"
     return None
 
 

@@ -1,5 +1,7 @@
 """The table of claims: its rows, and what becomes of one that does not hold."""
 
+import re
+
 import pytest
 
 from attention import catalogue
@@ -38,5 +40,16 @@ def test_what_does_not_hold_stays_in_the_table(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["diff_qkv_attention", "rat_attention", "aaren_attention"])
 def test_cheap_claims_hold(name, quick_compilation):
-    for line in claims.rows([claim for claim in CLAIMS if claim.mechanism == name])[2:]:
+    cheap = [c for c in CLAIMS if c.mechanism == name and c not in claims.SPEEDS]
+    for line in claims.rows(cheap)[2:]:
         assert line.endswith("| yes |"), line
+
+
+@pytest.mark.parametrize("name", ["sigmoid_attention", "rat_attention"])
+def test_speeds_are_measured(name, quick_compilation):
+    """Of few tokens: whether they hold there is no matter."""
+    faster = claims._faster(name, 64, 0.0, "gradient")
+    assert re.fullmatch(r"\d+\.\d\d times as fast", faster[0]) and faster[1]
+    assert not claims._faster(name, 64, 1e9, "forward")[1]
+    found, holds = claims._faster_generation("rat_attention", 48, 1e9, (2, 2, 2), 1)
+    assert found.endswith("times as fast") and not holds
