@@ -217,6 +217,7 @@ def restore_state(directory: Path, step: int, template: Any) -> Any:
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
         )
     except Exception as error:
+        _silence_coroutines()
         raise ExperimentError(
             f"the checkpoint of step {step} in {directory} cannot be read: {_brief(error)}"
         ) from error
