@@ -57,13 +57,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import choose, partition
 from pallas_kernels.checks import check_arrays
 from pallas_kernels.masks import Blocks, Mask, Shape, as_bound, parts
-from pallas_kernels.tiled import reference, tpu, xla
+from pallas_kernels.tiled import gpu, reference, tpu, xla
 from pallas_kernels.tiled.inputs import WEIGHTS, Inputs, Options
 from pallas_kernels.tiled.merge import merge_partials
 
 __all__ = ["merge_partials", "tiled_attention", "tiled_attention_transposed"]
 
-IMPLEMENTATIONS = {"xla": xla, "pallas_tpu": tpu, "reference": reference}
+IMPLEMENTATIONS = {"xla": xla, "pallas_tpu": tpu, "pallas_gpu": gpu, "reference": reference}
 
 KERNELS = {"tpu": "pallas_tpu"}
 """The kernel that is the best implementation, by platform."""

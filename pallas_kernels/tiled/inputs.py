@@ -162,3 +162,14 @@ def unbroadcast(array: Array, shape: Sequence[int]) -> Array:
     """Sums an array over the dimensions in which `shape` has 1."""
     axes = tuple(i for i, size in enumerate(shape) if size == 1 < array.shape[i])
     return jnp.sum(array, axes, keepdims=True) if axes else array
+
+
+def four_dimensional(array: Array, dims: str) -> Array:
+    """Returns an array of a call as [B|1, N|K|1, T|1, S|1]."""
+    if dims.endswith("ts"):
+        return array
+    if dims.endswith("t") and len(dims) == 3:
+        return array[:, :, :, None]
+    if dims.endswith("s"):
+        return array[:, :, None, :]
+    return array.reshape(array.shape + (1,) * (4 - array.ndim))

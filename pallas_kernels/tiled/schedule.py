@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Blocks, Mask, Tiles
@@ -83,6 +83,19 @@ def transposed_schedules(
       count: tiles of queries in a span; the last one may have fewer.
     """
     return _of_all_tiles(mask, grid, count)
+
+
+def visited(
+    schedule: Int[Array, "B|1 N|K|1 rows entries"], grid: Grid
+) -> Bool[Array, "B|1 N|K|1 queries keys"]:
+    """Returns which scores lie on tiles that a schedule, with rows of queries, lists."""
+    schedule = jnp.asarray(schedule)
+    listed = jnp.arange(schedule.shape[-1] - 1) < schedule[..., :1]
+    number = jnp.where(listed, schedule[..., 1:] >> 1, grid.shape[1])
+    here = jnp.zeros((*number.shape[:-1], grid.shape[1]), bool)
+    here = jnp.put_along_axis(here, number, True, axis=-1, inplace=False, mode="drop")
+    here = jnp.repeat(jnp.repeat(here, grid.rows, axis=2), grid.columns, axis=3)
+    return here[:, :, : grid.queries, : grid.keys]
 
 
 def _of_all_tiles(mask: Mask | None, grid: Grid, count: int | None) -> Any:

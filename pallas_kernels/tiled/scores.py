@@ -1,11 +1,11 @@
-"""What the TPU kernels of tiled attention compute of a tile of scores, and from which arrays.
+"""What the Pallas kernels of tiled attention compute of a tile of scores, and from which arrays.
 
 Scores are kept in a unit in which a weight is as few operations away as can be: for a softmax the
 products themselves, if they are only to be scaled, and otherwise scores in base 2.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,21 @@ ADDED = ("bias", "slopes", "table")
 """The inputs that are added to scores."""
 
 
+class Functions(NamedTuple):
+    """What is computed in its own way on each kind of hardware."""
+
+    reciprocal: Callable[[Array, bool], Array]
+    """1 / x. The second argument is whether an approximation is too coarse, as in the next one."""
+    log1p: Callable[[Array, bool], Array]
+    """log(1 + x), x of 0 to 1."""
+
+
+TPU = Functions(
+    lambda x, exact: pltpu.reciprocal(x, approx=not exact),
+    lambda x, exact: jnp.log1p(x) if exact else jnp.log(1 + x),
+)
+
+
 class Scores(NamedTuple):
     """How weights come of products: the static part of a call that kernels close over.
 
@@ -36,17 +51,19 @@ class Scores(NamedTuple):
     options: Options
     unit: float
     factor: float
+    functions: Functions = TPU
 
     @classmethod
-    def of(cls, options: Options, x: Inputs) -> "Scores":
+    def of(cls, options: Options, x: Inputs, functions: Functions = TPU) -> "Scores":
         """Chooses the unit for a call."""
-        if options.weights in ("softplus", "relu"):
-            return cls(options, 1.0, 1.0)
         added = options.logit_bias or any(getattr(x, name) is not None for name in ADDED)
         plain = options.logits_soft_cap is None and not added and options.scale > 0
-        if options.weights == "softmax" and plain and options.reweight is None:
-            return cls(options, 1 / options.scale, options.scale * LOG2E)
-        return cls(options, LOG2E, 1.0)
+        unit, factor = LOG2E, 1.0
+        if options.weights in ("softplus", "relu"):
+            unit = 1.0
+        elif options.weights == "softmax" and plain and options.reweight is None:
+            unit, factor = 1 / options.scale, options.scale * LOG2E
+        return cls(options, unit, factor, functions)
 
     @property
     def online(self) -> bool:
@@ -112,13 +129,12 @@ class Scores(NamedTuple):
                 weights = jnp.exp2(scores if divisor is None else scores - divisor)
                 return weights, weights
             case "sigmoid":
-                weights = pltpu.reciprocal(1 + jnp.exp2(-scores), approx=not exact)
+                weights = self.functions.reciprocal(1 + jnp.exp2(-scores), exact)
                 derivative = weights * (1 - weights)
             case "softplus":
                 small = jnp.exp(-jnp.abs(scores))
-                log = jnp.log1p(small) if exact else jnp.log(1 + small)
-                weights = jnp.maximum(scores, 0) + log
-                derivative = pltpu.reciprocal(1 + jnp.exp(-scores), approx=not exact)
+                weights = jnp.maximum(scores, 0) + self.functions.log1p(small, exact)
+                derivative = self.functions.reciprocal(1 + jnp.exp(-scores), exact)
             case _:
                 weights = jnp.maximum(scores, 0)
                 derivative = (scores > 0).astype(jnp.float32)
@@ -137,6 +153,23 @@ class Scores(NamedTuple):
         results = jnp.exp2(self.log_reweighted(weights) - log_sum)
         excess = jnp.maximum(weights - offset, jnp.finfo(jnp.float32).tiny)
         return results, power * (results / excess)
+
+    def differentiated(
+        self, scores: Array, here: dict[str, Any], exact: bool
+    ) -> tuple[Array, Array, Array]:
+        """Returns weights, and their derivatives by the scores and by the row statistic.
+
+        Args:
+          scores: in the kernels' unit.
+          here: the values of the operands, "divisor" and "log_sum" among them.
+          exact: see `divided`.
+        """
+        weights, derivative = self.divided(scores, here.get("divisor"), exact)
+        by_statistic = weights  # but for its sign
+        if self.options.reweight is not None:
+            weights, by_weights = self.reweighted(weights, here["log_sum"])
+            derivative, by_statistic = derivative * by_weights, by_statistic * by_weights
+        return weights, derivative, by_statistic
 
 
 def distance(here: dict[str, Any], queries: Array, keys: Array) -> Array:
@@ -159,24 +192,15 @@ class Operands:
         """Prepares the inputs of a call, and more arrays [B, N, T] with a value for every query."""
         queries, keys = x.query.shape[1], x.key.shape[1]
         rows, columns = tiling.row_tiles * tiling.rows, tiling.column_tiles * tiling.columns
-        rest = split(x.mask)[1]
         # Tokens that fill the last tile up are no keys, and pieces that fill a step up are nothing.
         fills = tiling.pieces > 1
         ends = masks.lengths(
             queries if transposed and fills else None,
             keys if (rows if transposed else columns) != keys or fills else None,
         )
-        self.mask: Mask | None = masks.all_of([m for m in (rest, ends) if not _allows_all(m)])
-        leaves = jax.tree.leaves(self.mask)
-        dims = () if self.mask is None else self.mask.dims()
-        named = {f"mask{k}": pair for k, pair in enumerate(zip(leaves, dims, strict=True))}
-        own = dict(zip(Inputs._fields, x.dims, strict=True))
-        for name in ("bias", "slopes", "sink", "offset"):
-            if getattr(x, name) is not None:
-                named[name] = getattr(x, name), own[name]
+        self.mask, named = named_operands(x, ends, **more)
         if transposed:
             named.pop("sink", None)
-        named |= {name: (array, "bnt") for name, array in more.items()}
         self._operands = {
             name: Operand(array, dims, tiling, transposed) for name, (array, dims) in named.items()
         }
@@ -243,6 +267,60 @@ class BoundOperands(NamedTuple):
             leaves = [self.value(f"mask{k}", slot, row, start) for k in range(tree.num_leaves)]
             values["mask"] = tree.unflatten(leaves)
         return values
+
+
+def named_operands(
+    x: Inputs, ends: Mask, **more: Array
+) -> tuple[Mask | None, dict[str, tuple[Array, str]]]:
+    """Returns the arrays of a call, apart from queries, keys and values, and their dimensions.
+
+    Those of the mask are named in the order of its leaves.
+
+    Args:
+      x: the call.
+      ends: what hides tokens that fill tiles up.
+      **more: arrays [B, N, T].
+
+    Returns:
+      The mask as it is evaluated on tiles, without block lists, and the arrays by name.
+    """
+    rest = split(x.mask)[1]
+    mask = masks.all_of([m for m in (rest, ends) if not _allows_all(m)])
+    leaves = jax.tree.leaves(mask)
+    dims = () if mask is None else mask.dims()
+    named = {f"mask{k}": pair for k, pair in enumerate(zip(leaves, dims, strict=True))}
+    own = dict(zip(Inputs._fields, x.dims, strict=True))
+    for name in ("bias", "slopes", "sink", "offset"):
+        if getattr(x, name) is not None:
+            named[name] = getattr(x, name), own[name]
+    return mask, named | {name: (array, "bnt") for name, array in more.items()}
+
+
+def row_operands(
+    call: Scores, x: Inputs, lse: Array, delta: Array, tokens: int
+) -> dict[str, Array]:
+    """Returns what the backward needs of rows as arrays [B, N, tokens], by name.
+
+    Args:
+      call: the call.
+      x: its inputs.
+      lse: [B, T, N], as the next one what `inputs.of_rows` returns.
+      delta: [B, T, N].
+      tokens: of queries, with those that fill the last tile up.
+    """
+    batch, queries, heads, _ = x.query.shape
+    padding = ((0, 0), (0, 0), (0, tokens - queries))
+    lse = jnp.pad(jnp.swapaxes(lse, 1, 2), padding, constant_values=jnp.inf)
+    arrays = {}
+    if call.options.normalise:
+        arrays["delta"] = jnp.pad(jnp.swapaxes(delta, 1, 2), padding)
+    if call.options.reweight is not None:
+        arrays["log_sum"] = lse * LOG2E
+        statistic = jnp.broadcast_to(x.statistic, (batch, heads, queries))
+        arrays["divisor"] = call.divisor(jnp.pad(statistic, padding, constant_values=jnp.inf))
+    elif call.options.normalise or x.statistic is not None:
+        arrays["divisor"] = call.divisor(lse)
+    return arrays
 
 
 def _allows_all(mask: Mask | None) -> bool:

@@ -22,12 +22,19 @@ from pallas_kernels.tpu import LANES
 
 
 def by_distance(
-    table: Float[Array, "B|1 N|1 2*R+1"], x: Inputs, tiling: Tiling, transposed: bool
+    table: Float[Array, "B|1 N|1 2*R+1"], x: Inputs, first: int, columns: int, transposed: bool
 ) -> Float[Array, "B|1 N|1 distances"]:
-    """Returns what a table adds at every distance of a column from a row, ascending."""
+    """Returns what a table adds at every distance of a column from a row, ascending.
+
+    Args:
+      table: by the distance of a key from a query.
+      x: the call.
+      first: index of the distance 0; as many are before it.
+      columns: as many are from it on.
+      transposed: whether rows are keys.
+    """
     # A slice of a table with long ends, as gathering and scattering are slow.
-    first = (tiling.row_tiles - 1) * tiling.rows + _lead(tiling)
-    count = first + tiling.column_tiles * tiling.columns
+    count = first + columns
     lowest = first + 1 - count if transposed else -first
     size = table.shape[-1]
     start = jnp.clip(lowest - x.offset + size // 2, -count, size) + count
@@ -56,8 +63,8 @@ class Table(Operand):
           transposed: whether rows are keys.
           unit: what stands for a score of 1.
         """
-        array = by_distance(x.table, x, tiling, transposed) * unit
         self.tiling, self.transposed, self.kind = tiling, transposed, "distances"
+        array = self._by_distance(x.table, x) * unit
         self.batch, self.heads = array.shape[:2]
         self.array = array[:, :, None]
         self.spec = pl.BlockSpec(memory_space=pl.ANY)
@@ -123,10 +130,15 @@ class Table(Operand):
         """Returns the gradient of the table from the sums by distance of all heads."""
 
         def spread(table: Array) -> Array:
-            return by_distance(table, x, self.tiling, self.transposed)
+            return self._by_distance(table, x)
 
         values, transpose = jax.vjp(spread, x.table.astype(jnp.float32))
         return transpose(unbroadcast(sums, values.shape))[0]
+
+    def _by_distance(self, table: Array, x: Inputs) -> Array:
+        tiling = self.tiling
+        first = (tiling.row_tiles - 1) * tiling.rows + _lead(tiling)
+        return by_distance(table, x, first, tiling.column_tiles * tiling.columns, self.transposed)
 
     def _window(self, row: Array, number: Array) -> Any:
         """Returns the distances that a tile of scores needs."""

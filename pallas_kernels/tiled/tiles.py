@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.masks import Blocks, Mask
-from pallas_kernels.tiled.inputs import Inputs, Options
+from pallas_kernels.tiled.inputs import Inputs, Options, four_dimensional
 from pallas_kernels.tiled.schedule import Grid, divisor, schedule, split, transposed_schedules
 from pallas_kernels.tpu import LANES, generation, padded
 
@@ -66,7 +66,7 @@ class Operand:
           tiling: the tiles.
           transposed: whether rows are keys.
         """
-        array = _four_dimensional(array, dims)
+        array = four_dimensional(array, dims)
         if transposed:
             array = jnp.swapaxes(array, 2, 3)
         has_rows, has_columns = (size > 1 for size in array.shape[2:])
@@ -463,14 +463,3 @@ def has_scores(x: Inputs) -> bool:
             if d.endswith("ts")
         ]
     return any(array.shape[-2] > 1 and array.shape[-1] > 1 for array in arrays)
-
-
-def _four_dimensional(array: Array, dims: str) -> Array:
-    """Returns an array of a call as [B|1, N|K|1, T|1, S|1]."""
-    if dims.endswith("ts"):
-        return array
-    if dims.endswith("t") and len(dims) == 3:
-        return array[:, :, :, None]
-    if dims.endswith("s"):
-        return array[:, :, None, :]
-    return array.reshape(array.shape + (1,) * (4 - array.ndim))

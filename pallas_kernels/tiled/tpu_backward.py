@@ -26,7 +26,7 @@ from pallas_kernels.tiled.inputs import (
     without_hidden,
 )
 from pallas_kernels.tiled.schedule import Grid, split, transposed_schedules
-from pallas_kernels.tiled.scores import LOG2E, Operands, Scores, distance, dot, parts
+from pallas_kernels.tiled.scores import Operands, Scores, distance, dot, parts, row_operands
 from pallas_kernels.tiled.sums import Step, Sum
 from pallas_kernels.tiled.tiles import Tiling
 from pallas_kernels.tpu import LANES, compiler_params, result
@@ -49,19 +49,9 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     batch, queries, heads, features = x.query.shape
     keys, kv_heads = x.value.shape[1:3]
     tiling, grid = _tiling(options, x)
-    padding = ((0, 0), (0, 0), (0, tiling.column_tiles * tiling.columns - queries))
-
     d_out, lse, delta = of_rows(out, lse, d_out, d_lse)
-    call, more = Scores.of(options, x), {}
-    by_head = jnp.pad(jnp.swapaxes(lse, 1, 2), padding, constant_values=jnp.inf)
-    if options.normalise:
-        more["delta"] = jnp.pad(jnp.swapaxes(delta, 1, 2), padding)
-    if options.reweight is not None:
-        more["log_sum"] = by_head * LOG2E
-        statistic = jnp.broadcast_to(x.statistic, (batch, heads, queries))
-        more["divisor"] = call.divisor(jnp.pad(statistic, padding, constant_values=jnp.inf))
-    elif options.normalise or x.statistic is not None:
-        more["divisor"] = call.divisor(by_head)
+    call = Scores.of(options, x)
+    more = row_operands(call, x, lse, delta, tiling.column_tiles * tiling.columns)
     operands = Operands(call, x, tiling, True, **more)
     query, key, value = tiles.by_head(x, tiling, True)
     d_out = tiles.by_head(x._replace(query=d_out.astype(x.query.dtype)), tiling, True)[0]
@@ -292,13 +282,9 @@ def _kernel(
         group = options.group_size
         if group is not None:
             scores, shares = groups.by_landmarks(scores, group, call.exp)
-        weights, derivative = call.divided(scores, here.get("divisor"), exact)
+        weights, derivative, by_statistic = call.differentiated(scores, here, exact)
         if group is not None:
             weights = derivative = weights * shares
-        by_statistic = weights  # the derivative by the statistic, but for its sign
-        if options.reweight is not None:
-            weights, by_weights = call.reweighted(weights, here["log_sum"])
-            derivative, by_statistic = derivative * by_weights, by_statistic * by_weights
         d_scores = derivative * d_weights
         if group is not None:
             d_scores = groups.before_landmarks(d_scores, shares, group)

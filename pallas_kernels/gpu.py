@@ -1,0 +1,228 @@
+"""What the Pallas kernels for Hopper GPUs share.
+
+A block of a kernel has warpgroups that compute and one more that copies what they need from global
+memory (GMEM) to shared memory (SMEM), from which the matrix units read.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+ROWS = 64
+"""Rows of a product of the matrix units, which a warpgroup holds in its registers."""
+
+COMPUTING = 2
+"""Warpgroups of a block that compute."""
+
+SMEM_BYTES = 227 * 1024
+"""Shared memory of a block."""
+
+MATRIX = plgpu.Layout.WGMMA
+"""How a matrix lies in the registers of a warpgroup."""
+
+OF_ROWS = MATRIX.reduce(1)
+"""How values of the rows of a matrix lie beside it."""
+
+OF_COLUMNS = MATRIX.reduce(0)
+"""How values of its columns do."""
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted(**params: Any) -> Iterator[None]:
+    """Has kernels that are traced inside of it run by Pallas's GPU interpret mode: for tests.
+
+    Args:
+      **params: of the interpret mode.
+    """
+    token = _interpreted.set(True)
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**params)):
+            yield
+    finally:
+        _interpreted.reset(token)
+
+
+def run(
+    body: Callable[[Any, Any, Any, dict[str, Array]], None],
+    arguments: Any,
+    results: Any,
+    scratch: Any,
+    *,
+    name: str,
+    grid: dict[str, int],
+    exact: bool,
+) -> Any:
+    """Runs a kernel with `COMPUTING` warpgroups that compute, and one that copies.
+
+    Args:
+      body: gets references to the arguments, to the results and to the scratch, and where it is in
+        the grid by name; "warpgroup" is one of the names. The last warpgroup is the one to copy.
+      arguments: pytree of arrays.
+      results: pytree of the results' types.
+      scratch: pytree of what a block needs in SMEM, barriers among it.
+      name: of the kernel, for reports.
+      grid: names and sizes; the first one varies fastest.
+      exact: whether the hardware's approximations of functions are too coarse.
+    """
+    arrays, arguments = jax.tree.flatten(arguments)
+    types, results = jax.tree.flatten(results)
+    spaces, scratch = jax.tree.flatten(scratch)
+
+    def entry(*refs: Any) -> None:
+        place = {axis: jax.lax.axis_index(axis) for axis in (*grid, "warpgroup")}
+        ins, outs = refs[: len(arrays)], refs[len(arrays) :]
+
+        def scoped(*spaces: Any) -> None:
+            inside = arguments.unflatten(ins), results.unflatten(outs), scratch.unflatten(spaces)
+            body(*inside, place)
+
+        pl.run_scoped(scoped, *spaces, collective_axes="warpgroup")
+
+    entry.__name__ = name
+    outs = plgpu.kernel(
+        entry,
+        out_type=types,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=COMPUTING + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=not exact, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )(*arrays)
+    return results.unflatten(outs)
+
+
+def smem(shape: Sequence[int], dtype: DTypeLike, inner: int = 64) -> Any:
+    """Returns SMEM for matrices that the matrix units read, or the copy engine moves.
+
+    Args:
+      shape: the last dimension is a multiple of 64.
+      dtype: of the elements.
+      inner: least size along which products of the matrix are summed, 64 or 32.
+    """
+    size = jnp.dtype(dtype).itemsize
+    swizzle = 128 if inner >= 64 else 64
+    transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+
+
+Parts = Sequence[Any]
+"""A matrix for the matrix units, which know 16 bits: as it is, or float32 as two of bfloat16."""
+
+
+def in_parts(x: Float[Array, "*shape"]) -> list[Array]:
+    """Returns an array as the matrix units take it: a float32 as a value and what it left over.
+
+    The sum of both has 16 bits.
+    """
+    if x.dtype != jnp.float32:
+        return [x]
+    high = x.astype(jnp.bfloat16)
+    return [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]
+
+
+def product(a: Parts, b: Parts) -> Array:
+    """Returns a @ b, float32, in the registers of a warpgroup.
+
+    Args:
+      a: [64, inner] in SMEM or in registers.
+      b: [inner, columns] in SMEM.
+    """
+    if _interpreted.get():
+        return _defined(a, b)
+
+    def multiply(total: Any) -> Array:
+        _issue(total, a, b)
+        return total[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32))
+
+
+def accumulated(total: Array, a: Parts, b: Parts) -> Array:
+    """Returns total + a @ b: see `product`."""
+    if _interpreted.get():
+        return total + _defined(a, b)
+    return pl.run_state(lambda total: _issue(total, a, b))(plgpu.ACC.init(total))
+
+
+def _issue(total: Any, a: Parts, b: Parts) -> None:
+    for left, right in _pairs(a, b):
+        plgpu.wgmma(total, left, right)
+
+
+def _pairs(a: Parts, b: Parts) -> list[tuple[Any, Any]]:
+    """Returns what is to be multiplied: the product of the small parts is below 16 bits."""
+    if len(a) == 1:
+        return [(a[0], b[0])]
+    return [(a[1], b[0]), (a[0], b[1]), (a[0], b[0])]
+
+
+def _defined(a: Parts, b: Parts) -> Array:
+    """Returns a @ b where the interpret mode does not know what the matrix units can do.
+
+    It knows no operands in registers, and no accumulators that start with something.
+    """
+    if any(isinstance(left, jax.Array) for left in a):
+        pairs = ((left, right[...]) for left, right in _pairs(a, b))
+        return sum(jnp.dot(*pair, preferred_element_type=jnp.float32) for pair in pairs)
+
+    def multiply(left: Any, right: Any) -> Array:
+        def add(total: Any) -> Array:
+            plgpu.wgmma(total, left, right)
+            return total[...]
+
+        return pl.run_scoped(add, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+
+    return sum(multiply(*pair) for pair in _pairs(a, b))
+
+
+def transposed(matrix: Parts) -> list[Any]:
+    """Returns references to the transposes of matrices in SMEM."""
+    return [part.T for part in matrix]
+
+
+def at(matrix: Parts, index: Array) -> list[Any]:
+    """Returns references to one of several matrices that lie in SMEM."""
+    return [part.at[index] for part in matrix]
+
+
+def matrix(value: float, shape: tuple[int, int]) -> Array:
+    """Returns a float32 matrix of one value."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), MATRIX)
+
+
+def of_rows(value: float, rows: int = ROWS) -> Array:
+    """Returns float32 values of rows, all the same."""
+    return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), OF_ROWS)
+
+
+def across(values: Array, shape: tuple[int, int]) -> Array:
+    """Returns values of rows as a matrix."""
+    return jax.lax.broadcast_in_dim(values, shape, (0,))
+
+
+def down(values: Array, shape: tuple[int, int]) -> Array:
+    """Returns values of columns as a matrix."""
+    return jax.lax.broadcast_in_dim(values, shape, (1,))
+
+
+def iota(size: int, layout: Any) -> Array:
+    """Returns the numbers of rows, or of columns.
+
+    They are made where they are used: kept from one step of a loop to the next they would take
+    registers.
+    """
+    return jax.lax.optimization_barrier(
+        plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+    )

@@ -1,0 +1,352 @@
+"""Tiled attention as a Pallas kernel for Hopper GPUs: see docs/kernels.md.
+
+A block of the grid has two tiles of 64 queries, each of a warpgroup that computes, and a third
+warpgroup that copies tiles of keys and values ahead of them. Both tiles see the same keys, unless
+they have block lists of their own: then keys are copied for each. The two take turns on the matrix
+units: one multiplies while the other one takes exponentials. The backward is in `gpu_backward`.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels import gpu
+from pallas_kernels.tiled import tiles
+from pallas_kernels.tiled.gpu_backward import backward
+from pallas_kernels.tiled.gpu_operands import At, Operands, Tiling
+from pallas_kernels.tiled.gpu_stream import (
+    FEATURES,
+    FUNCTIONS,
+    REGISTERS,
+    REGISTERS_COPYING,
+    Plan,
+    Stream,
+    filled,
+    of_blocks,
+    scored,
+    stream_barriers,
+    tile_of,
+    whole,
+)
+from pallas_kernels.tiled.inputs import Inputs, Options, without_hidden
+from pallas_kernels.tiled.schedule import Grid, schedule, split
+from pallas_kernels.tiled.scores import LOG2E, Scores
+from pallas_kernels.tpu import result
+
+__all__ = ["backward", "forward", "supports"]
+
+LOWEST = -1e30
+"""Where the running maximum starts: finite, so that no difference of maxima is NaN."""
+
+MOST_FEATURES, MOST_FEATURES_FLOAT32 = 256, 128
+
+
+def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ()) -> str | None:
+    """Returns why the kernels do not serve a call, or these gradients of it, or None."""
+    dtype = inputs.query.dtype
+    if dtype == jnp.float64:
+        return "it does not compute in float64"
+    most = MOST_FEATURES_FLOAT32 if dtype == jnp.float32 else MOST_FEATURES
+    features = max(inputs.query.shape[3], inputs.value.shape[3])
+    if features > most:
+        return f"heads of {dtype} must have at most {most} features; got {features}"
+    if options.group_size is not None:
+        return "it has no groups of keys (group_size)"
+    for blocks in split(inputs.mask)[0]:
+        if blocks.block_q % gpu.ROWS or blocks.block_k % gpu.ROWS:
+            return (
+                f"blocks of a list must be multiples of {gpu.ROWS} tokens; got block_q "
+                f"{blocks.block_q} and block_k {blocks.block_k}"
+            )
+    if "table" in gradients:
+        return "it has no gradient of relative_bias"
+    return None
+
+
+def forward(
+    options: Options, *inputs: Array
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Returns the output and the log-sum-exp."""
+    x = without_hidden(Inputs(*inputs))
+    batch, queries, heads, _ = x.query.shape
+    features, width = (whole(array.shape[3], FEATURES) for array in (x.query, x.value))
+    plan = _plan(options, x, features, width)
+    rows = schedule(x.mask, plan.grid)
+    call = Scores.of(options, x, FUNCTIONS)
+    more = {} if x.statistic is None else {"statistic": call.divisor(x.statistic)}
+    operands = Operands(call, x, plan.tiling, **more)
+    query = filled(x.query, plan.tiling.rows, features)
+    key, value = (
+        filled(array, plan.tiling.columns, size)
+        for array, size in ((x.key, features), (x.value, width))
+    )
+    parts, dtype = len(query), query[0].dtype
+    out_dtype = x.query.dtype
+    ready, free = stream_barriers(plan, parts)
+    slots, tile = plan.streams * plan.stages, plan.tiling.tile
+    scratch = {
+        "query": [gpu.smem((gpu.COMPUTING, gpu.ROWS, features), dtype, tile)] * parts,
+        "key": [gpu.smem((slots, tile, features), dtype, tile)] * parts,
+        "value": [gpu.smem((slots, tile, width), dtype, tile)] * parts,
+        "lse": plgpu.SMEM((gpu.COMPUTING, gpu.ROWS), jnp.float32),
+        "query_ready": plgpu.Barrier(num_arrivals=parts, num_barriers=gpu.COMPUTING),
+        "key_ready": ready,
+        "key_free": free,
+        "value_ready": ready,
+        "value_free": free,
+        "turn": plgpu.Barrier(num_arrivals=gpu.COMPUTING),
+    }
+    if not _out_in_place(x.query, x.value):
+        scratch["out"] = gpu.smem((gpu.COMPUTING, gpu.ROWS, width), out_dtype)
+    branches = tiles.branches(rows, operands.mask is not None)
+    arguments = {
+        "schedule": of_blocks(rows, plan),
+        "operands": operands.arrays,
+        "query": query,
+        "key": key,
+        "value": value,
+    }
+    rows = plan.tiling.rows
+    results = {
+        "out": result((batch, rows, heads, width), out_dtype, x.query),
+        "lse": result((batch, heads, rows), jnp.float32, x.query),
+    }
+    results = gpu.run(
+        functools.partial(_kernel, call, plan, operands, branches),
+        arguments,
+        results,
+        scratch,
+        name="tiled_forward",
+        grid={"head": heads, "block": plan.blocks, "batch": batch},
+        exact=x.query.dtype == jnp.float32,
+    )
+    out = results["out"][:, :queries, :, : x.value.shape[3]]
+    lse = results["lse"][:, :, :queries]
+    if x.statistic is not None and not options.normalise:
+        lse = jnp.broadcast_to(x.statistic, lse.shape).astype(lse.dtype)
+    return out, jnp.swapaxes(lse, 1, 2)
+
+
+def _kernel(
+    call: Scores,
+    plan: Plan,
+    operands: Operands,
+    branches: tuple[bool, bool],
+    arguments: dict[str, Any],
+    results: dict[str, Any],
+    scratch: dict[str, Any],
+    place: dict[str, Array],
+) -> None:
+    """Computes the results of a block's tiles of queries."""
+    b, n, warpgroup = place["batch"], place["head"], place["warpgroup"]
+    # The last rows of a causal mask have the most keys: they start first.
+    block = plan.blocks - 1 - place["block"]
+    tile = plan.tiling.tile
+    stream = Stream(plan, arguments["schedule"], b, n, block)
+
+    @pl.when(warpgroup == gpu.COMPUTING)
+    def _() -> None:
+        plgpu.set_max_registers(REGISTERS_COPYING, action="decrease")
+        head = n // (plan.tiling.heads // arguments["key"][0].shape[2])
+
+        def copy(name: str, number: Array, slot: Array) -> None:
+            tokens = pl.ds(number * tile, tile)
+            for source, target in zip(arguments[name], scratch[name], strict=True):
+                ready = scratch[f"{name}_ready"].at[slot]
+                plgpu.copy_gmem_to_smem(source.at[b, tokens, head], target.at[slot], ready)
+
+        stream.copy(("key", "value"), copy, scratch)
+
+    @pl.when(warpgroup < gpu.COMPUTING)
+    def _() -> None:
+        plgpu.set_max_registers(REGISTERS, action="increase")
+        row = (block * gpu.COMPUTING + warpgroup) * gpu.ROWS
+        rows, ready = pl.ds(row, gpu.ROWS), scratch["query_ready"].at[warpgroup]
+        query = gpu.at(scratch["query"], warpgroup)
+        for source, target in zip(arguments["query"], query, strict=True):
+            plgpu.copy_gmem_to_smem(source.at[b, rows, n], target, ready)
+        plgpu.barrier_wait(ready)
+        state = _attend(call, plan, operands, branches, stream, warpgroup, row, arguments, scratch)
+        out, lse = _finished(call, operands, arguments, At(b, n, row, 0), state)
+        staged = scratch["out"].at[warpgroup] if "out" in scratch else query[0]
+        staged[...] = out.astype(staged.dtype)
+        scratch["lse"].at[warpgroup][...] = lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staged, results["out"].at[b, rows, n])
+        plgpu.copy_smem_to_gmem(scratch["lse"].at[warpgroup], results["lse"].at[b, n, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+
+class Sums(NamedTuple):
+    """What a warpgroup keeps of its rows; None where the weights do not need it."""
+
+    values: Array
+    total: Array | None
+    maximum: Array | None
+
+
+def _attend(
+    call: Scores,
+    plan: Plan,
+    operands: Operands,
+    branches: tuple[bool, bool],
+    stream: "Stream",
+    warpgroup: Array,
+    row: Array,
+    arguments: dict[str, Any],
+    scratch: dict[str, Any],
+) -> Sums:
+    """Visits the keys of a tile of queries."""
+    refs, exact = arguments["operands"], len(arguments["query"]) > 1
+    query, narrow = gpu.at(scratch["query"], warpgroup), scratch["value"][0].dtype
+    turns = Turns(scratch["turn"], warpgroup, plan.streams == 1)
+    width = scratch["value"][0].shape[-1]
+
+    def visit(slot: Array, number: Array, masked: bool, sums: Sums) -> Sums:
+        at = At(stream.batch, stream.head, row, number * plan.tiling.tile)
+        plgpu.barrier_wait(scratch["key_ready"].at[slot])
+        key = gpu.transposed(gpu.at(scratch["key"], slot))
+        products = gpu.product(query, key)
+        plgpu.barrier_arrive(scratch["key_free"].at[slot])
+        turns.give()
+        scores, here = scored(call, operands, products, refs, at, masked)
+        sums, weights = _weighted(call, scores, here, sums, exact)
+        weights = gpu.in_parts(weights) if exact else [weights.astype(narrow)]
+        plgpu.barrier_wait(scratch["value_ready"].at[slot])
+        turns.take()
+        value = gpu.at(scratch["value"], slot)
+        values = gpu.accumulated(sums.values, weights, value)
+        plgpu.barrier_arrive(scratch["value_free"].at[slot])
+        return sums._replace(values=values)
+
+    sums = _started(call, operands, refs, At(stream.batch, stream.head, row, 0), width)
+    turns.begin()
+    sums = stream.visit(warpgroup, visit, sums, branches)
+    turns.end()
+    return sums
+
+
+def _started(call: Scores, operands: Operands, refs: dict[str, Any], at: At, width: int) -> Sums:
+    """Returns the sums over no keys, or over the sink."""
+    total = gpu.of_rows(0.0) if call.options.normalise else None
+    maximum = gpu.of_rows(LOWEST) if call.online else None
+    if call.online and "sink" in operands:
+        # A key with a value of zero, seen by every query before all others.
+        sink = operands.of_rows("sink", refs, at)
+        total, maximum = gpu.of_rows(1.0), gpu.of_rows(0.0) + sink * call.unit
+    return Sums(gpu.matrix(0.0, (gpu.ROWS, width)), total, maximum)
+
+
+def _weighted(
+    call: Scores, scores: Array, here: dict[str, Any], sums: Sums, exact: bool
+) -> tuple[Sums, Array]:
+    """Returns the weights of a tile, and the sums so far relative to what they are relative to."""
+    reweight = call.options.reweight is not None
+    if not call.online or reweight:
+        weights, _ = call.divided(scores, here.get("statistic"), exact)
+    if not call.online:
+        total = None if sums.total is None else sums.total + jnp.sum(weights, axis=1)
+        return sums._replace(total=total), weights
+    if reweight:
+        scores = call.log_reweighted(weights)
+    maximum = jnp.maximum(sums.maximum, jnp.max(scores, axis=1))
+    decay = call.exp(sums.maximum - maximum)
+    # Scaled first: a product and a difference are one operation.
+    scores, shift = (x if call.factor == 1 else x * call.factor for x in (scores, maximum))
+    weights = jnp.exp2(scores - gpu.across(shift, scores.shape))
+    total = sums.total * decay + jnp.sum(weights, axis=1)
+    values = sums.values * gpu.across(decay, sums.values.shape)
+    return Sums(values, total, maximum), weights
+
+
+def _finished(
+    call: Scores, operands: Operands, arguments: dict[str, Any], at: At, sums: Sums
+) -> tuple[Array, Array]:
+    """Returns the output and the log-sum-exp of a tile of queries."""
+    values, whole, maximum = sums
+    if whole is None:
+        return values, gpu.of_rows(0.0)
+    logs, scale = None, None
+    if maximum is not None:
+        logs = maximum * (call.factor / LOG2E)
+    elif "sink" in operands:
+        # Relative to the sink if it is large: its exponential may be more than float32 holds.
+        sink = gpu.of_rows(0.0) + operands.of_rows("sink", arguments["operands"], at)
+        logs = jnp.maximum(sink, 0)
+        scale = jnp.exp(-logs)
+        whole = whole * scale + jnp.exp(sink - logs)
+    if call.options.reweight is not None:
+        whole = jnp.where(maximum < call.least, 0, whole)
+    seen = whole != 0  # a NaN stays one
+    whole = jnp.where(seen, whole, 1)
+    inverse = jnp.where(seen, 1 / whole if scale is None else scale / whole, 0)
+    lse = jnp.log(whole) if logs is None else jnp.log(whole) + logs
+    return values * gpu.across(inverse, values.shape), jnp.where(seen, lse, -jnp.inf)
+
+
+class Turns:
+    """Whose turn it is on the matrix units, of two warpgroups that visit the same tiles.
+
+    While one takes exponentials the other one multiplies: weights by values, and then the next
+    queries by keys.
+    """
+
+    def __init__(self, barrier: Any, warpgroup: Array, shared: bool):
+        """Prepares the turns of a warpgroup; if not `shared`, there are none."""
+        self.barrier, self.warpgroup, self.shared = barrier, warpgroup, shared
+
+    def begin(self) -> None:
+        """Lets the first warpgroup go ahead."""
+        pl.when(self.warpgroup == 1)(self.give)
+
+    def end(self) -> None:
+        """Waits for the second warpgroup."""
+        pl.when(self.warpgroup == 0)(self.give)
+
+    def give(self) -> None:
+        """Lets the other warpgroup multiply, when it has its exponentials."""
+        self.take()
+
+    def take(self) -> None:
+        """Waits until the other warpgroup has multiplied."""
+        if self.shared:
+            plgpu.barrier_arrive(self.barrier)
+            plgpu.barrier_wait(self.barrier)
+
+
+def _out_in_place(query: Array, value: Array) -> bool:
+    """Returns whether the output takes the place of the queries in SMEM."""
+    narrow = query.dtype != jnp.float32
+    return narrow and whole(query.shape[3], FEATURES) == whole(value.shape[3], FEATURES)
+
+
+def _plan(options: Options, x: Inputs, features: int, width: int) -> Plan:
+    """Chooses the tiles of the forward."""
+    queries, heads = x.query.shape[1:3]
+    keys = x.key.shape[1]
+    lists, _ = split(x.mask)
+    block_q, block_k = tiles.common_blocks(lists) if lists else (0, 0)
+    both = gpu.COMPUTING * gpu.ROWS
+    streams = gpu.COMPUTING if block_q % both else 1
+    parts = len(gpu.in_parts(jnp.zeros((), x.query.dtype)))
+    out = 0 if _out_in_place(x.query, x.value) else width * x.query.dtype.itemsize
+    fixed = both * (2 * parts * features + out)
+    tile, stages = tile_of(
+        fixed, streams * 2 * parts * (features + width), _most(options, x, width), block_k, keys
+    )
+    tiling = Tiling(whole(queries, both), whole(keys, tile), tile, heads, False)
+    grid = Grid(queries, keys, both // streams, tile)
+    return Plan(tiling, grid, streams, stages)
+
+
+def _most(options: Options, x: Inputs, width: int) -> int:
+    """Returns the most columns of a tile for which the registers suffice."""
+    several = x.table is not None or tiles.has_scores(x) or options.weights != "softmax"
+    several |= x.query.dtype == jnp.float32 or options.reweight is not None
+    most = 64 if several or width > 128 else 128
+    return min(most, options.tile_k or most)

@@ -1,0 +1,381 @@
+"""The backward of tiled attention as Pallas kernels for Hopper GPUs: see docs/kernels.md.
+
+Two kernels compute all scores anew. One has tiles of queries, visits keys, and sums the gradients
+of queries and of what belongs to them. The other one has tiles of keys, visits queries, and sums
+the gradients of keys and values; its scores are [keys, queries], so that they are multiplied as
+they lie in registers. Nothing is added in GMEM, so results are the same every time.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels import gpu
+from pallas_kernels.masks import same_heads
+from pallas_kernels.tiled.gpu_operands import At, Operands, Tiling
+from pallas_kernels.tiled.gpu_stream import (
+    FEATURES,
+    FUNCTIONS,
+    REGISTERS,
+    REGISTERS_COPYING,
+    Plan,
+    Stream,
+    filled,
+    of_blocks,
+    scored,
+    stream_barriers,
+    tile_of,
+    whole,
+)
+from pallas_kernels.tiled.inputs import (
+    Inputs,
+    Options,
+    of_rows,
+    sink_gradient,
+    unbroadcast,
+    without_hidden,
+)
+from pallas_kernels.tiled.schedule import Grid, schedule, split, transposed_schedules, visited
+from pallas_kernels.tiled.scores import Scores, row_operands
+from pallas_kernels.tiled.sums import gradient_of_bias
+from pallas_kernels.tiled.tiles import branches as branches_of
+from pallas_kernels.tiled.tiles import common_blocks
+from pallas_kernels.tpu import result
+
+BOTH = {True: 128, False: 256}
+"""Features of a key and a value together up to which one kernel sums the gradients of both, by
+whether they are float32."""
+
+STREAMING = {False: ("key", "value"), True: ("query", "d_out")}
+"""The matrices of columns, by whether rows are keys; the others are those of rows."""
+
+
+def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Array, ...]:
+    """Returns gradients, as `xla.backward` does."""
+    *inputs, out, lse, d_out, d_lse = args
+    x = without_hidden(Inputs(*inputs))
+    d_out, lse, delta = of_rows(out, lse, d_out, d_lse)
+    call = functools.partial(_Call, options, x, d_out.astype(x.query.dtype), lse, delta)
+    by_keys = {"key", "value"} | ({"bias"} if _is_of_keys(x.bias) else set())
+    gradients = {}
+    of_queries = [name for name in names if name not in by_keys | {"sink"}]
+    if of_queries:
+        gradients |= call(transposed=False).of_queries(of_queries)
+    of_keys, call = [name for name in names if name in by_keys], call(transposed=True)
+    groups = [of_keys]
+    if call.features + call.width > BOTH[x.query.dtype == jnp.float32]:
+        groups = [[name for name in of_keys if name != "value"], ["value"]]
+    for group in groups:
+        gradients |= call.of_keys(group) if group else {}
+    if "sink" in names:
+        gradients["sink"] = sink_gradient(x, lse, delta)
+    return tuple(gradients[name] for name in names)
+
+
+def _is_of_keys(bias: Array | None) -> bool:
+    return bias is not None and bias.shape[2] == 1 < bias.shape[3]
+
+
+class _Call:
+    """A call of the backward, prepared for kernels with tiles of queries, or of keys."""
+
+    def __init__(
+        self,
+        options: Options,
+        x: Inputs,
+        d_out: Array,
+        lse: Array,
+        delta: Array,
+        *,
+        transposed: bool,
+    ):
+        """Prepares a call, with rows of keys if `transposed`."""
+        self.x = x
+        self.batch, self.queries, self.heads, _ = x.query.shape
+        self.keys, self.kv_heads = x.key.shape[1:3]
+        self.features, self.width = (whole(a.shape[3], FEATURES) for a in (x.query, x.value))
+        self.plan = _plan(options, x, self.features + self.width, transposed)
+        self.rows = self.plan.tiling.rows
+        queries, keys = self.rows, self.plan.tiling.columns
+        queries, keys = (keys, queries) if transposed else (queries, keys)
+        self.scores = Scores.of(options, x, FUNCTIONS)
+        more = row_operands(self.scores, x, lse, delta, queries)
+        self.operands = Operands(self.scores, x, self.plan.tiling, **more)
+        self.matrices = {
+            "query": filled(x.query, queries, self.features),
+            "key": filled(x.key, keys, self.features),
+            "value": filled(x.value, keys, self.width),
+            "d_out": filled(d_out, queries, self.width),
+        }
+
+    def of_queries(self, names: Sequence[str]) -> dict[str, Array]:
+        """Returns gradients of queries, and of what scores of queries are summed for."""
+        x, tiling = self.x, self.plan.tiling
+        tiles = schedule(x.mask, self.plan.grid)
+        results = {"query": self._matrix("query", self.features, x.query.dtype)}
+        results |= {name: self._of_rows() for name in names if name != "query"}
+        each = "bias" in names and min(x.bias.shape[2:]) > 1
+        if each:
+            shape = (self.batch, self.heads, self.rows, tiling.columns)
+            results["bias"] = result(shape, jnp.float32, x.query)
+        totals = self._run("tiled_backward_queries", tiles, ("query", "d_out"), results)
+        totals = {name: totals[name] for name in names}
+        gradients = {}
+        for name, total in totals.items():
+            array = getattr(x, name)
+            if name == "query":
+                gradients[name] = total[:, : self.queries, :, : array.shape[3]]
+                continue
+            total = total[:, :, : self.queries]
+            if name == "slopes":
+                gradients[name] = unbroadcast(-jnp.sum(total, axis=2), array.shape)
+            elif name == "statistic":
+                gradients[name] = unbroadcast(-total, array.shape)
+            elif each:
+                here = visited(tiles, self.plan.grid)
+                total, here = same_heads(total[..., : self.keys], here)
+                gradients[name] = unbroadcast(jnp.where(here, total, 0), array.shape)
+            else:
+                total = total if array.shape[2] > 1 else jnp.sum(total, axis=2)
+                gradients[name] = gradient_of_bias(total, x)
+        return gradients
+
+    def of_keys(self, names: Sequence[str]) -> dict[str, Array]:
+        """Returns gradients of keys, of values and of a bias of keys."""
+        x, tiling, group = self.x, self.plan.tiling, self.heads // self.kv_heads
+        tiles = transposed_schedules(x.mask, self.plan.grid, tiling.columns // tiling.tile)[0]
+        results = {"bias": self._of_rows()} if "bias" in names else {}
+        for name, width in (("key", self.features), ("value", self.width)):
+            if name in names:  # sums over the heads of a group are taken in float32
+                dtype = jnp.float32 if group > 1 else getattr(x, name).dtype
+                results[name] = self._matrix(name, width, dtype)
+        resident = ("key",) if names == ["value"] else ("key", "value")
+        totals = self._run("tiled_backward_keys", tiles, resident, results)
+        gradients = {}
+        for name, total in totals.items():
+            if name == "bias":
+                gradients[name] = gradient_of_bias(total[:, :, : self.keys], x)
+                continue
+            array = getattr(x, name)
+            total = total[:, : self.keys, :, : array.shape[3]]
+            if group > 1:
+                total = jnp.sum(total.reshape(*array.shape[:3], group, array.shape[3]), axis=3)
+            gradients[name] = total.astype(array.dtype)
+        return gradients
+
+    def _matrix(self, name: str, width: int, dtype: Any) -> Any:
+        """Returns the type of a matrix of gradients."""
+        return result((self.batch, self.rows, self.heads, width), dtype, self.x.query)
+
+    def _of_rows(self) -> Any:
+        """Returns the type of sums of rows."""
+        return result((self.batch, self.heads, self.rows), jnp.float32, self.x.query)
+
+    def _run(
+        self, name: str, rows: Any, resident: Sequence[str], results: dict[str, Any]
+    ) -> dict[str, Array]:
+        """Runs a kernel.
+
+        Args:
+          name: of the kernel.
+          rows: the schedule.
+          resident: names of the matrices of its rows.
+          results: types of what it sums.
+        """
+        plan, parts = self.plan, len(self.matrices["query"])
+        streaming = STREAMING[plan.tiling.transposed]
+        ready, free = stream_barriers(plan, parts)
+        scratch = {
+            "ready": plgpu.Barrier(num_arrivals=parts * len(resident), num_barriers=gpu.COMPUTING),
+            "sums": {
+                name: plgpu.SMEM((gpu.COMPUTING, gpu.ROWS), jnp.float32)
+                for name, total in results.items()
+                if len(total.shape) == 3
+            },
+        }
+        tile = plan.streams * plan.stages, plan.tiling.tile
+        for names, shape in ((resident, (gpu.COMPUTING, gpu.ROWS)), (streaming, tile)):
+            for key in names:
+                matrix = self.matrices[key][0]
+                scratch[key] = [gpu.smem((*shape, matrix.shape[3]), matrix.dtype, tile[1])] * parts
+        for key in streaming:
+            scratch[f"{key}_ready"], scratch[f"{key}_free"] = ready, free
+        arguments = {
+            "schedule": of_blocks(rows, plan),
+            "operands": self.operands.arrays,
+            **{key: self.matrices[key] for key in (*resident, *streaming)},
+        }
+        branches = branches_of(rows, self.operands.mask is not None)
+        exact = self.x.query.dtype == jnp.float32
+        kernel = _Kernel(self.scores, plan, self.operands, branches, resident, exact)
+        return gpu.run(
+            kernel.body,
+            arguments,
+            results,
+            scratch,
+            name=name,
+            grid={"head": self.heads, "block": plan.blocks, "batch": self.batch},
+            exact=exact,
+        )
+
+
+class _Kernel(NamedTuple):
+    """The static part of a kernel."""
+
+    call: Scores
+    plan: Plan
+    operands: Operands
+    branches: tuple[bool, bool]
+    resident: Sequence[str]
+    exact: bool
+
+    def body(
+        self,
+        arguments: dict[str, Any],
+        results: dict[str, Any],
+        scratch: dict[str, Any],
+        place: dict[str, Array],
+    ) -> None:
+        """Computes the sums of a block's tiles of rows."""
+        b, n, warpgroup = place["batch"], place["head"], place["warpgroup"]
+        plan, tile, transposed = self.plan, self.plan.tiling.tile, self.plan.tiling.transposed
+        # The rows of a causal mask that have the most to do start first.
+        block = place["block"] if transposed else plan.blocks - 1 - place["block"]
+        stream = Stream(plan, arguments["schedule"], b, n, block)
+        kv_head = n // (plan.tiling.heads // arguments["key"][0].shape[2])
+
+        def copy(name: str, tokens: Any, index: Array, ready: Any) -> None:
+            head = kv_head if name in ("key", "value") else n
+            for source, target in zip(arguments[name], scratch[name], strict=True):
+                plgpu.copy_gmem_to_smem(source.at[b, tokens, head], target.at[index], ready)
+
+        @pl.when(warpgroup == gpu.COMPUTING)
+        def _() -> None:
+            plgpu.set_max_registers(REGISTERS_COPYING, action="decrease")
+
+            def copy_tile(name: str, number: Array, slot: Array) -> None:
+                ready = scratch[f"{name}_ready"].at[slot]
+                copy(name, pl.ds(number * tile, tile), slot, ready)
+
+            stream.copy(STREAMING[transposed], copy_tile, scratch)
+
+        @pl.when(warpgroup < gpu.COMPUTING)
+        def _() -> None:
+            plgpu.set_max_registers(REGISTERS, action="increase")
+            row = (block * gpu.COMPUTING + warpgroup) * gpu.ROWS
+            rows, ready = pl.ds(row, gpu.ROWS), scratch["ready"].at[warpgroup]
+            for name in self.resident:
+                copy(name, rows, warpgroup, ready)
+            plgpu.barrier_wait(ready)
+            totals = self.sums(stream, warpgroup, row, arguments, results, scratch)
+            for name in ("query", "key"):
+                if name in totals:
+                    totals[name] *= self.call.options.scale
+            for name, space in scratch["sums"].items():
+                space.at[warpgroup][...] = totals.pop(name)
+            for name, total in totals.items():
+                target = results[name].at[b, rows, n]
+                plgpu.store(target, total.astype(target.dtype), optimized=False)
+            if scratch["sums"]:
+                plgpu.commit_smem()
+                for name, space in scratch["sums"].items():
+                    plgpu.copy_smem_to_gmem(space.at[warpgroup], results[name].at[b, n, rows])
+                plgpu.wait_smem_to_gmem(0)
+
+    def sums(
+        self,
+        stream: Stream,
+        warpgroup: Array,
+        row: Array,
+        arguments: dict[str, Any],
+        results: dict[str, Any],
+        scratch: dict[str, Any],
+    ) -> dict[str, Array]:
+        """Visits the columns of a tile of rows; returns sums by name, of matrices not scaled."""
+        refs, transposed = arguments["operands"], self.plan.tiling.transposed
+        streaming = STREAMING[transposed]
+        kept = {name: gpu.at(scratch[name], warpgroup) for name in self.resident}
+        narrow = scratch["query"][0].dtype
+        each = None if transposed or "bias" in scratch["sums"] else results.get("bias")
+
+        def add(name: str, a: Array, b: gpu.Parts, totals: dict[str, Array]) -> None:
+            parts = gpu.in_parts(a) if self.exact else [a.astype(narrow)]
+            totals[name] = gpu.accumulated(totals[name], parts, b)
+
+        def visit(
+            slot: Array, number: Array, masked: bool, totals: dict[str, Array]
+        ) -> dict[str, Array]:
+            totals = dict(totals)
+            at = At(stream.batch, stream.head, row, number * self.plan.tiling.tile)
+            for name in streaming:
+                plgpu.barrier_wait(scratch[f"{name}_ready"].at[slot])
+            here = kept | {name: gpu.at(scratch[name], slot) for name in streaming}
+            pairs = zip(STREAMING[not transposed], streaming, strict=True)
+            pairs = [(here[a], gpu.transposed(here[b])) for a, b in pairs if a in here]
+            # One after the other, so that registers hold little at a time.
+            products = gpu.product(*pairs[0])
+            scores, values = scored(self.call, self.operands, products, refs, at, masked)
+            weights, derivative, by_statistic = self.call.differentiated(scores, values, self.exact)
+            if "value" in totals:
+                add("value", weights, here["d_out"], totals)
+            if len(pairs) > 1:
+                d_weights = gpu.product(*pairs[1])
+                if self.call.options.normalise:
+                    d_weights -= self.operands.value("delta", refs, at)
+                d_scores = derivative * d_weights
+                for name, b in (("query", "key"), ("key", "query")):
+                    if name in totals:
+                        add(name, d_scores * values["slope"], here[b], totals)
+            for name in streaming:
+                plgpu.barrier_arrive(scratch[f"{name}_free"].at[slot])
+            if each is not None:
+                rows, columns = pl.ds(row, gpu.ROWS), pl.ds(at.column, self.plan.tiling.tile)
+                plgpu.store(each.at[at.batch, at.head, rows, columns], d_scores, optimized=False)
+            for name in scratch["sums"]:
+                term = by_statistic * d_weights if name == "statistic" else d_scores
+                if name == "slopes":
+                    term *= self.operands.distances(refs, at)
+                totals[name] += jnp.sum(term, axis=1)
+            return totals
+
+        totals = {name: gpu.of_rows(0.0) for name in scratch["sums"]}
+        for name in ("query", "key", "value"):
+            if name in results:
+                totals[name] = gpu.matrix(0.0, (gpu.ROWS, results[name].shape[3]))
+        return stream.visit(warpgroup, visit, totals, self.branches)
+
+
+def _plan(options: Options, x: Inputs, features: int, transposed: bool) -> Plan:
+    """Chooses the tiles of a kernel; `features` are those of a key and a value."""
+    queries, heads = x.query.shape[1:3]
+    keys = x.key.shape[1]
+    lists, _ = split(x.mask)
+    block_q, block_k = common_blocks(lists) if lists else (0, 0)
+    rows, columns = (keys, queries) if transposed else (queries, keys)
+    block_row, block_column = (block_k, block_q) if transposed else (block_q, block_k)
+    both = gpu.COMPUTING * gpu.ROWS
+    streams = gpu.COMPUTING if block_row % both else 1
+    parts = len(gpu.in_parts(jnp.zeros((), x.query.dtype)))
+    most = (options.tile_q if transposed else options.tile_k) or 128
+    most = min(most, _most(options, x, features, transposed))
+    size = 2 * parts * features
+    tile, stages = tile_of(both * size, streams * size, most, block_column, columns)
+    tiling = Tiling(whole(rows, both), whole(columns, tile), tile, heads, transposed)
+    cut = (tile, both // streams) if transposed else (both // streams, tile)
+    return Plan(tiling, Grid(queries, keys, *cut), streams, stages)
+
+
+def _most(options: Options, x: Inputs, features: int, transposed: bool) -> int:
+    """Returns the most columns of a tile for which the registers suffice: see `tests`."""
+    exact = x.query.dtype == jnp.float32
+    several = options.weights != "softmax" or options.logits_soft_cap is not None
+    if options.reweight is not None or (features > BOTH[exact] and transposed):
+        return 32
+    if exact:
+        return 32 if several or features > 128 else 64
+    return 64 if several or transposed or features > 128 else 128

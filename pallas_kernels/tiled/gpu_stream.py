@@ -1,0 +1,191 @@
+"""How the GPU kernels of tiled attention go through their tiles.
+
+A block of the grid has two tiles of 64 rows, each of a warpgroup that computes, and a third
+warpgroup that copies what belongs to the columns ahead of them. Both tiles visit the same columns,
+unless they have block lists of their own: then there is a stream of columns for each.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels import gpu
+from pallas_kernels.tiled.gpu_operands import At, Operands, Tiling
+from pallas_kernels.tiled.schedule import Grid
+from pallas_kernels.tiled.scores import Functions, Scores
+from pallas_kernels.tpu import padded
+
+FEATURES = 64
+"""Features are filled up to a multiple of it: 128 bytes, a row of what the copy engine writes."""
+
+REGISTERS, REGISTERS_COPYING = 240, 24
+"""Registers of a thread that computes, and of one that copies."""
+
+
+def _log1p(x: Array, exact: bool) -> Array:
+    if not exact:
+        return jnp.log(1 + x)
+    # Kahan's: the error of 1 + x is in both factors.
+    above = 1 + x
+    return jnp.where(above == 1, x, jnp.log(above) * (x / jnp.where(above == 1, 1, above - 1)))
+
+
+FUNCTIONS = Functions(lambda x, exact: 1 / x, _log1p)
+
+
+class Plan(NamedTuple):
+    """How a kernel works through its tiles."""
+
+    tiling: Tiling
+    grid: Grid
+    streams: int
+    """How many streams of tiles a block needs: one, or one for each warpgroup that computes."""
+    stages: int
+    """How many tiles of a stream there is space for."""
+
+    @property
+    def blocks(self) -> int:
+        """Returns the number of blocks for the rows of a head."""
+        return self.tiling.rows // (gpu.COMPUTING * gpu.ROWS)
+
+
+class Stream:
+    """The tiles of columns that a block visits, as its schedule says."""
+
+    def __init__(self, plan: Plan, schedule: Any, b: Array, n: Array, block: Array):
+        """Finds the schedule of a block."""
+        self.plan, self.batch, self.head = plan, b, n
+        groups = schedule.shape[1]
+        lead = b if schedule.shape[0] > 1 else 0, n // (plan.tiling.heads // groups)
+        self.schedule, self.block = schedule.at[lead], block
+
+    def _row(self, stream: Array | int) -> Any:
+        return self.schedule.at[self.block * self.plan.streams + stream]
+
+    def copy(
+        self,
+        names: Sequence[str],
+        copy: Callable[[str, Array, Array], None],
+        scratch: dict[str, Any],
+    ) -> None:
+        """Copies all tiles, each as soon as there is space for it."""
+        plan = self.plan
+        counts = [self._row(stream)[1] for stream in range(plan.streams)]
+
+        def copy_tile(stream: int, step: Array) -> None:
+            number = self._row(stream)[2 + step]
+            slot = stream * plan.stages + lax.rem(step, plan.stages)
+            for name in names:
+                free = scratch[f"{name}_free"].at[slot]
+                pl.when(step >= plan.stages)(functools.partial(plgpu.barrier_wait, free))
+                copy(name, number, slot)
+
+        def copy_step(step: Array, carry: None) -> None:
+            for stream, count in enumerate(counts):
+                if plan.streams == 1:
+                    copy_tile(stream, step)
+                else:
+                    pl.when(step < count)(functools.partial(copy_tile, stream, step))
+
+        lax.fori_loop(0, functools.reduce(jnp.maximum, counts), copy_step, None)
+
+    def visit(
+        self,
+        warpgroup: Array,
+        visit: Callable[[Array, Array, bool, Any], Any],
+        carry: Any,
+        branches: tuple[bool, bool],
+    ) -> Any:
+        """Calls a function with slot, number, whether to mask, and what it returned before.
+
+        Args:
+          warpgroup: the one that visits.
+          visit: the function.
+          carry: what it gets first.
+          branches: whether there are tiles without a mask, and with one.
+        """
+        stream = warpgroup if self.plan.streams > 1 else 0
+        row, first = self._row(stream), stream * self.plan.stages
+
+        def step(masked: bool, step: Array, carry: Any) -> Any:
+            slot = first + lax.rem(step, self.plan.stages)
+            return visit(slot, row[2 + step], masked, carry)
+
+        # Two loops, not two branches in one: registers need not hold what both would return.
+        if all(branches):
+            carry = lax.fori_loop(0, row[0], functools.partial(step, False), carry)
+            return lax.fori_loop(row[0], row[1], functools.partial(step, True), carry)
+        return lax.fori_loop(0, row[1], functools.partial(step, branches[1]), carry)
+
+
+def stream_barriers(plan: Plan, copies: int) -> tuple[Any, Any]:
+    """Returns barriers for tiles that are there, after so many copies, and that are done with."""
+    slots = plan.streams * plan.stages
+    readers = gpu.COMPUTING // plan.streams
+    return (
+        plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
+    )
+
+
+def of_blocks(rows: Any, plan: Plan) -> Array:
+    """Returns a schedule with a row for every stream of every block.
+
+    A row has the number of tiles without a mask, that of all tiles, and the tiles, those without a
+    mask first.
+    """
+    numpy = np if isinstance(rows, np.ndarray) else jnp
+    count, entries = rows[..., :1], rows[..., 1:]
+    unlisted = numpy.arange(entries.shape[-1]) >= count
+    kind = numpy.where(unlisted, 2, entries & 1)
+    order = numpy.argsort(kind, axis=-1, stable=True)
+    entries = numpy.take_along_axis(entries >> 1, order, axis=-1)
+    full = numpy.sum(kind == 0, axis=-1, keepdims=True, dtype=count.dtype)
+    rows = numpy.concatenate([full, count, entries], axis=-1)
+    return padded(jnp.asarray(rows), 2, plan.blocks * plan.streams)
+
+
+def filled(array: Array, tokens: int, features: int) -> list[Array]:
+    """Returns the parts of [B, tokens, heads, features], filled up with zeros."""
+    return gpu.in_parts(padded(padded(array, 1, tokens), 3, features))
+
+
+def scored(
+    call: Scores, operands: Operands, products: Array, refs: dict[str, Any], at: At, masked: bool
+) -> tuple[Array, dict[str, Any]]:
+    """Returns scores of a tile, and the values of the operands."""
+    here = operands.values(refs, at)
+    scores, here["slope"] = call.held(products, here, *operands.positions(at))
+    return operands.masked(scores, refs, at) if masked else scores, here
+
+
+def whole(size: int, multiple: int) -> int:
+    """Returns the next multiple from a size on."""
+    return -(-size // multiple) * multiple
+
+
+def tile_of(fixed: int, column: int, most: int, block: int, columns: int) -> tuple[int, int]:
+    """Returns the columns of a tile, and the stages, that SMEM has space for.
+
+    Args:
+      fixed: bytes that do not depend on them.
+      column: bytes of a column in a stage.
+      most: columns of a tile.
+      block: columns of the blocks of a list, which tiles divide; 0 if there is none.
+      columns: all columns.
+    """
+    space = gpu.SMEM_BYTES - 4096 - fixed  # some are barriers, and sums of rows
+    for tile in (128, 64, 32):
+        count = -(-columns // tile)
+        stages = min(space // (tile * column), 4, count)
+        needless = tile > 64 >= columns
+        if tile <= most and block % tile == 0 and not needless and stages >= min(2, count):
+            return tile, stages
+    return 32, 1
