@@ -74,7 +74,8 @@ def implemented(
 
     Args:
       name: of the function, such as "forward", in every module.
-      modules: the family's implementations, "xla" among them, each with its `supports`.
+      modules: the family's implementations, "xla" among them, each with its `supports`, and maybe
+        `unproved`: None, or the reason why only who asks for it by name gets it.
       kernels: the implementation that is the best on a platform, by platform.
       implementation: the caller's wish; None for a choice by what the call is lowered for.
       *static: first arguments of the function.
@@ -91,11 +92,12 @@ def implemented(
     if implementation is not None:
         available = {name: module.supports for name, module in modules.items()}
         return bound(resolve_implementation(implementation, available, function=function, **call))
-    serving = {
-        platform: bound(module)
-        for platform, module in kernels.items()
-        if modules[module].supports(**call) is None
-    }
+
+    def serves(module: str) -> bool:
+        tests = modules[module].supports, getattr(modules[module], "unproved", None)
+        return all(test is None or test(**call) is None for test in tests)
+
+    serving = {platform: bound(module) for platform, module in kernels.items() if serves(module)}
     return functools.partial(at_lowering, bound("xla"), serving)
 
 

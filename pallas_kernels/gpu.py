@@ -174,7 +174,8 @@ def _defined(a: Parts, b: Parts) -> Array:
     It knows no operands in registers, and no accumulators that start with something.
     """
     if any(isinstance(left, jax.Array) for left in a):
-        pairs = ((left, right[...]) for left, right in _pairs(a, b))
+        pairs = [(left, right[...]) for left, right in _pairs(a, b)]
+        plgpu.commit_smem()  # as the copy engine does not know of reads that are no product's
         return sum(jnp.dot(*pair, preferred_element_type=jnp.float32) for pair in pairs)
 
     def multiply(left: Any, right: Any) -> Array:

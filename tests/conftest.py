@@ -10,6 +10,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--device", choices=("cpu", "gpu"), default="cpu", help="what to run on (default: cpu)"
     )
+    parser.addoption(
+        "--write-proved",
+        action="store_true",
+        help="with --device gpu: write what has passed, which is what is chosen there",
+    )
 
 
 def pytest_configure(config):

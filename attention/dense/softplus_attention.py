@@ -220,6 +220,6 @@ RECORD = Mechanism(
     function=softplus_attention,
     step=softplus_attention_step,
     init_state=init_softplus_attention_state,
-    implementations=("reference", "xla", "pallas_tpu"),
+    implementations=("reference", "xla", "pallas_tpu", "pallas_gpu"),
     extras=(KVCache, WindowCache),
 )

@@ -65,7 +65,7 @@ __all__ = ["merge_partials", "tiled_attention", "tiled_attention_transposed"]
 
 IMPLEMENTATIONS = {"xla": xla, "pallas_tpu": tpu, "pallas_gpu": gpu, "reference": reference}
 
-KERNELS = {"tpu": "pallas_tpu"}
+KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 """The kernel that is the best implementation, by platform."""
 
 LARGEST_BOUND = 60.0

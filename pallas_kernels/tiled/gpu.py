@@ -19,6 +19,7 @@ from pallas_kernels import gpu
 from pallas_kernels.tiled import tiles
 from pallas_kernels.tiled.gpu_backward import backward
 from pallas_kernels.tiled.gpu_operands import At, Operands, Tiling
+from pallas_kernels.tiled.gpu_proved import unproved
 from pallas_kernels.tiled.gpu_stream import (
     FEATURES,
     FUNCTIONS,
@@ -38,7 +39,7 @@ from pallas_kernels.tiled.schedule import Grid, schedule, split
 from pallas_kernels.tiled.scores import LOG2E, Scores
 from pallas_kernels.tpu import result
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["backward", "forward", "supports", "unproved"]
 
 LOWEST = -1e30
 """Where the running maximum starts: finite, so that no difference of maxima is NaN."""

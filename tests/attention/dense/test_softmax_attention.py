@@ -373,9 +373,9 @@ QUERY, KEY, VALUE = _arrays()
             r"softmax_attention: implementation must be None",
         ),
         (
-            {"implementation": "pallas_gpu"},
+            {"implementation": "pallas_gpu", "value": jnp.tile(VALUE, 50)},
             NotImplementedError,
-            r"softmax_attention: implementation 'pallas_gpu' does not .* it has xla, pallas_tpu,",
+            r"softmax_attention: implementation 'pallas_gpu' does not .* must have at most 128 fea",
         ),
     ],
 )
@@ -404,7 +404,7 @@ def test_the_record_states_what_is_there():
     record = attention.catalogue.get("softmax_attention")
     assert record.function is attention.softmax_attention
     assert record.step is attention.softmax_attention_step
-    assert set(record.implementations) == {*IMPLEMENTATIONS, "pallas_tpu"}
+    assert set(record.implementations) == {*IMPLEMENTATIONS, "pallas_tpu", "pallas_gpu"}
     assert len(record.patterns) == 4 and record.kernel == "tiled" and not record.has_weights
 
 

@@ -7,12 +7,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
-from pallas_kernels import masks
-from pallas_kernels.tiled import tiled_attention
+from pallas_kernels import masks, tiled
+from pallas_kernels.partition import axes
+from pallas_kernels.tiled import gpu_proved, tiled_attention
+from tests.sharding import mesh, place
 
 TILES = (128, 128)
 LEARNED = ("bias", "logit_bias", "alibi_slopes", "sink", "row_statistic")
@@ -89,12 +93,40 @@ class Call:
         results = tiled_attention(**arrays, **options)
         return results if self.normalises else (results,)
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """Returns the names of its parts, and of its gradients, as a GPU's choice knows them."""
+        options = {"tile_sizes": TILES, "function": "a call"} | self.others
+        _, options, inputs = tiled._prepared(**self.arrays, **options)
+        fields = {"alibi_slopes": "slopes", "logit_bias": "bias", "row_statistic": "statistic"}
+        gradients = [fields.get(name, name) for name in self.shapes]
+        return gpu_proved.parts_of(options=options, inputs=inputs, gradients=gradients)
+
     def loss(self, arrays: Mapping[str, jax.Array], **options: Any) -> tuple[jax.Array, tuple]:
         """Returns a scalar that every result enters, and the results."""
         results = self(arrays, **options)
         finite = (jnp.where(jnp.isneginf(x), 0, x.astype(jnp.float32)) for x in results)
         pairs = zip(finite, self.cotangents(), strict=False)
         return sum(jnp.sum(result * cotangent) for result, cotangent in pairs), results
+
+
+def run_function(call, implementation, **options):
+    """Returns a jitted function to gradients by all arrays, and results."""
+
+    @jax.jit
+    def run(arrays, mask):
+        def loss(arrays):
+            return call.loss(arrays, mask=mask, implementation=implementation, **options)
+
+        return jax.grad(loss, has_aux=True)(arrays)
+
+    return run
+
+
+def defined(call):
+    """Returns the same in float32."""
+    arrays = jax.tree.map(lambda x: x.astype(jnp.float32), call.arrays)
+    return run_function(call, "reference")(arrays, call.options.get("mask"))
 
 
 def block_list(
@@ -372,3 +404,74 @@ BLOCK_LISTS = {
     ),
 }
 FEATURES = SCORES | BLOCK_LISTS
+
+
+SHARDED = Call(
+    {"mask": masks.causal(), "sink": np.float32([-1, 3, 0, 1])},
+    batch=4,
+    queries=20,
+    keys=30,
+    heads=4,
+    features=16,
+)
+
+
+def run_sharded(call: Call, implementation: str) -> tuple:
+    """Returns gradients and results over eight devices, each with its part of batch and heads."""
+    devices = mesh(AxisType.Explicit)
+    arrays = {
+        name: place(devices, x, *(("data", None, "tensor") if x.ndim == 4 else ()))
+        for name, x in call.arrays.items()
+    }
+    with jax.set_mesh(devices), axes(batch="data", heads="tensor"):
+        results = run_function(call, implementation)(arrays, call.options["mask"])
+        assert results[1][0].sharding.spec[:3] == ("data", None, "tensor")
+        return jax.block_until_ready(results)
+
+
+def poison(call: Call) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
+    """Returns which rows a call's ranges hide, and its arrays with NaN there."""
+    seen = np.asarray(call.options["mask"].to_dense(call.queries, call.keys))[:, 0]
+    hidden = {"query": ~seen.any(2), "key": ~seen.any(1), "value": ~seen.any(1)}
+    assert hidden["key"].any()
+    return hidden, call.arrays | {
+        name: jnp.where(rows[..., None, None], jnp.nan, call.arrays[name])
+        for name, rows in hidden.items()
+    }
+
+
+def with_other_ends(mask: masks.Mask) -> list[masks.Mask]:
+    """Returns the same block lists with several numbers behind their ends."""
+    listed = jnp.arange(mask.indices.shape[-1]) < mask.counts[..., None]
+    assert not listed.all()
+    return [
+        dataclasses.replace(mask, indices=jnp.where(listed, mask.indices, number))
+        for number in (0, -1, -(2**31), 2**31 - 1)
+    ]
+
+
+def check_queries_without_keys(implementation: str, hide: str, sink: np.ndarray | None) -> None:
+    """Checks the results and gradients of queries that a mask or a bias leaves no keys."""
+    hidden = np.isin(np.arange(150), [*range(5, 9), *range(130, 150)])
+    if hide == "mask":
+        options = {"mask": masks.dense(~hidden[:, None])}
+    else:
+        options = {"bias": jnp.where(hidden, -jnp.inf, 0.0)[:, None]}
+    call = Call(options | ({} if sink is None else {"sink": sink}))
+
+    @jax.jit
+    def run(arrays):
+        (out, lse), vjp = jax.vjp(lambda x: call(x, implementation=implementation), arrays)
+        # Whatever cotangents a result of nothing has are no matter.
+        bad = jnp.isneginf(lse)
+        d_out, d_lse = call.cotangents()
+        cotangents = jnp.where(bad[..., None], jnp.nan, d_out), jnp.where(bad, jnp.nan, d_lse)
+        return out, lse, vjp(cotangents)[0]
+
+    out, lse, gradients = jax.block_until_ready(run(call.arrays))
+    np.testing.assert_array_equal(out[:, hidden], 0)
+    expected = np.full(2, -np.inf, np.float32) if sink is None else sink
+    np.testing.assert_allclose(lse[0, hidden], np.tile(expected, (hidden.sum(), 1)), rtol=3e-7)
+    np.testing.assert_array_equal(gradients["query"][:, hidden], 0)
+    chex.assert_tree_all_finite((out, gradients))
+    assert (gradients["query"][:, ~hidden] != 0).all()

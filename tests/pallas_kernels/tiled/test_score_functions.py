@@ -507,9 +507,9 @@ def test_wrong_arguments(options, error, match):
         (jnp.ones((B, T, N, V)), {"return_lse": True}, TypeError, r"return_lse"),
         (
             jnp.ones((B, T, N, V)),
-            {"implementation": "pallas_gpu"},
+            {"implementation": "pallas_gpu", "group_size": 19},
             NotImplementedError,
-            r"tiled_attention_transposed: .*pallas_gpu",
+            r"tiled_attention_transposed: .*pallas_gpu.*group_size",
         ),
     ],
 )

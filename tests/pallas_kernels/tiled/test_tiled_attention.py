@@ -649,9 +649,9 @@ QUERY, KEY, VALUE = _arrays()
         ((), {"implementation": "cudnn"}, ValueError, r"tiled_attention: implementation must be"),
         (
             (),
-            {"implementation": "pallas_gpu"},
+            {"implementation": "pallas_gpu", "group_size": 29},
             NotImplementedError,
-            r"tiled_attention: .*pallas_gpu",
+            r"tiled_attention: .*pallas_gpu.*group_size",
         ),
     ],
 )

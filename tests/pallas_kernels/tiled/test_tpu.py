@@ -4,7 +4,6 @@ There memory that nothing was written to is NaN, a copy arrives when it is waite
 before, reads beyond an array's end and races are errors.
 """
 
-import dataclasses
 import functools
 
 import chex
@@ -12,42 +11,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from pallas_kernels import masks
-from pallas_kernels.partition import axes
 from pallas_kernels.tiled import tiled_attention, tiles, tpu, tpu_backward
 from tests.numerics import LIMITS, assert_close
-from tests.pallas_kernels.tiled.features import FEATURES, Call, block_list, normal
-from tests.sharding import mesh, place
+from tests.pallas_kernels.tiled.features import (
+    FEATURES,
+    SHARDED,
+    Call,
+    block_list,
+    check_queries_without_keys,
+    defined,
+    normal,
+    poison,
+    run_function,
+    run_sharded,
+    with_other_ends,
+)
 from tests.tpu import interpreted
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def _function(call, implementation, **options):
-    """Returns a jitted function to gradients by all arrays, and results."""
-
-    @jax.jit
-    def run(arrays, mask):
-        def loss(arrays):
-            return call.loss(arrays, mask=mask, implementation=implementation, **options)
-
-        return jax.grad(loss, has_aux=True)(arrays)
-
-    return run
-
-
 def _kernel(call, **params):
     with interpreted(**params):
-        run = _function(call, "pallas_tpu")
+        run = run_function(call, "pallas_tpu")
         return jax.block_until_ready(run(call.arrays, call.options.get("mask")))
-
-
-def _defined(call):
-    """Returns the same in float32."""
-    arrays = jax.tree.map(lambda x: x.astype(jnp.float32), call.arrays)
-    return _function(call, "reference")(arrays, call.options.get("mask"))
 
 
 def _check(call, factor=1.0, actual=None):
@@ -55,7 +44,7 @@ def _check(call, factor=1.0, actual=None):
     assert results[0].dtype == call.dtype
     assert {x.dtype for x in results[1:]} <= {jnp.dtype("float32")}
     chex.assert_trees_all_equal_dtypes(gradients, call.arrays)
-    assert_close((gradients, results), _defined(call), call.dtype, factor)
+    assert_close((gradients, results), defined(call), call.dtype, factor)
 
 
 @functools.cache
@@ -166,15 +155,9 @@ def test_what_a_range_hides_may_be_anything():
     """NaN beyond lengths and ranges changes no bit of results and gradients."""
     call = FEATURES["soft cap, bias of keys, lengths, fewer key heads"]
     mask, arrays = call.options["mask"], call.arrays
-    seen = np.asarray(mask.to_dense(call.queries, call.keys))[:, 0]
-    hidden = {"query": ~seen.any(2), "key": ~seen.any(1), "value": ~seen.any(1)}
-    assert hidden["key"].any()
-    poisoned = arrays | {
-        name: jnp.where(rows[..., None, None], jnp.nan, arrays[name])
-        for name, rows in hidden.items()
-    }
+    hidden, poisoned = poison(call)
     with interpreted():
-        run = _function(call, "pallas_tpu")
+        run = run_function(call, "pallas_tpu")
         clean, result = (jax.block_until_ready(run(x, mask)) for x in (arrays, poisoned))
     chex.assert_trees_all_equal(result, clean)
     for name, rows in hidden.items():
@@ -184,17 +167,9 @@ def test_what_a_range_hides_may_be_anything():
 def test_what_stands_behind_the_end_of_a_list_may_be_anything():
     call = FEATURES["blocks of 128, of key heads, one idle, sigmoid, bfloat16"]
     mask = call.options["mask"]
-    listed = jnp.arange(mask.indices.shape[-1]) < mask.counts[..., None]
-    assert not listed.all()
     with interpreted():
-        run = _function(call, "pallas_tpu")
-        clean, *others = (
-            run(
-                call.arrays,
-                dataclasses.replace(mask, indices=jnp.where(listed, mask.indices, number)),
-            )
-            for number in (0, -1, -(2**31), 2**31 - 1)
-        )
+        run = run_function(call, "pallas_tpu")
+        clean, *others = (run(call.arrays, mask) for mask in with_other_ends(mask))
     for other in others:
         chex.assert_trees_all_equal(other, clean)
 
@@ -212,30 +187,8 @@ def test_a_nan_that_is_seen_shows():
 
 @pytest.mark.parametrize(("hide", "sink"), [("mask", None), ("bias", np.float32([-1, 3]))])
 def test_a_query_without_keys(hide, sink):
-    hidden = np.isin(np.arange(150), [*range(5, 9), *range(130, 150)])
-    if hide == "mask":
-        options = {"mask": masks.dense(~hidden[:, None])}
-    else:
-        options = {"bias": jnp.where(hidden, -jnp.inf, 0.0)[:, None]}
-    call = Call(options | ({} if sink is None else {"sink": sink}))
     with interpreted():
-
-        @jax.jit
-        def run(arrays):
-            (out, lse), vjp = jax.vjp(lambda x: call(x, implementation="pallas_tpu"), arrays)
-            # Whatever cotangents a result of nothing has are no matter.
-            bad = jnp.isneginf(lse)
-            d_out, d_lse = call.cotangents()
-            cotangents = jnp.where(bad[..., None], jnp.nan, d_out), jnp.where(bad, jnp.nan, d_lse)
-            return out, lse, vjp(cotangents)[0]
-
-        out, lse, gradients = jax.block_until_ready(run(call.arrays))
-    np.testing.assert_array_equal(out[:, hidden], 0)
-    expected = np.full(2, -np.inf, np.float32) if sink is None else sink
-    np.testing.assert_allclose(lse[0, hidden], np.tile(expected, (hidden.sum(), 1)), rtol=3e-7)
-    np.testing.assert_array_equal(gradients["query"][:, hidden], 0)
-    chex.assert_tree_all_finite((out, gradients))
-    assert (gradients["query"][:, ~hidden] != 0).all()
+        check_queries_without_keys("pallas_tpu", hide, sink)
 
 
 @pytest.mark.parametrize("weights", ["softmax", "softplus"])
@@ -247,33 +200,19 @@ def test_logits_of_ten_thousand(weights):
     arrays |= {name: jnp.round(25 * arrays[name]) for name in ("query", "key")}
     assert jnp.abs(jnp.einsum("btnh,bsnh->bnts", arrays["query"], arrays["key"])).max() > 1e4
     with interpreted():
-        actual = jax.block_until_ready(_function(call, "pallas_tpu")(arrays, None))
+        actual = jax.block_until_ready(run_function(call, "pallas_tpu")(arrays, None))
     chex.assert_tree_all_finite(actual)
-    expected = _function(call, "reference")(arrays, None)
+    expected = run_function(call, "reference")(arrays, None)
     assert_close(actual[1], expected[1])
     assert_close(actual[0], expected[0], factor=1e4 * 2**-24 / LIMITS["float32"])
 
 
 def test_sharded():
     """Over eight devices, each with its part of batch and heads."""
-    call = Call(
-        {"mask": masks.causal(), "sink": np.float32([-1, 3, 0, 1])},
-        batch=4,
-        queries=20,
-        keys=30,
-        heads=4,
-        features=16,
-    )
-    expected = _defined(call)
-    devices = mesh(AxisType.Explicit)
-    arrays = {
-        name: place(devices, x, *(("data", None, "tensor") if x.ndim == 4 else ()))
-        for name, x in call.arrays.items()
-    }
-    with jax.set_mesh(devices), axes(batch="data", heads="tensor"), interpreted():
-        actual = _function(call, "pallas_tpu")(arrays, call.options["mask"])
-        assert_close(jax.block_until_ready(actual), expected)
-        assert actual[1][0].sharding.spec[:3] == ("data", None, "tensor")
+    call = SHARDED
+    expected = defined(call)
+    with interpreted():
+        assert_close(run_sharded(call, "pallas_tpu"), expected)
 
 
 X = normal(0, 1, 32, 2, 16)

@@ -1,0 +1,139 @@
+"""The GPU kernels of tiled attention on a GPU: what has passed is what is chosen there.
+
+`make test-gpu ARGS="tests/pallas_kernels/tiled --write-proved"` writes the names of the parts of
+all calls that passed, see `pallas_kernels.tiled.gpu_proved`.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from models.language import DecoderConfig, DecoderLM
+from pallas_kernels import masks
+from pallas_kernels.tiled import gpu_proved
+from tests.numerics import assert_close
+from tests.pallas_kernels.tiled.features import (
+    FEATURES,
+    Call,
+    block_list,
+    check_queries_without_keys,
+    defined,
+    poison,
+    run_function,
+)
+from tests.pallas_kernels.tiled.test_gpu import APART, LONG, PRODUCTS_IN_PARTS, REFUSED, STREAMS
+
+pytestmark = pytest.mark.gpu
+
+
+def _plain(features, dtype, mask=None):
+    options = {} if mask is None else {"mask": mask}
+    return Call({"tile_sizes": None, **options}, 2, 1000, 1100, features=features, dtype=dtype)
+
+
+CALLS = (
+    {name: call for name, call in FEATURES.items() if name not in REFUSED}
+    | {"wide heads": APART, "long": LONG, "a list for each tile": STREAMS}
+    | {
+        f"{jnp.dtype(dtype).name}, {features} features": _plain(features, dtype)
+        for dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+        for features in (32, 64, 128, 192, 256)
+        if dtype != jnp.float32 or features <= 128
+    }
+    | {
+        f"{name}, bfloat16": _plain(64, jnp.bfloat16, mask)
+        for name, mask in {
+            "causal": masks.causal(100),
+            "window": masks.window(200, 0, 100),
+            "lengths": masks.lengths(key=np.array([900, 1100])),
+        }.items()
+    }
+    | {
+        f"lists of {q} by {k}": block_list(
+            q, k, queries=1024, keys=1024, features=64, dtype=jnp.bfloat16
+        )
+        for q in (64, 128)
+        for k in (64, 128)
+    }
+)
+PASSED: dict[str, frozenset[str]] = {}
+"""The parts of the calls that have passed in this run."""
+
+
+def _run(call):
+    run = run_function(call, "pallas_gpu")
+    return run, jax.block_until_ready(run(call.arrays, call.options.get("mask")))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_results_and_gradients(name):
+    call = CALLS[name]
+    run, (gradients, results) = _run(call)
+    assert results[0].dtype == call.dtype
+    chex.assert_trees_all_equal_dtypes(gradients, call.arrays)
+    factor = 2 * (PRODUCTS_IN_PARTS if call.dtype == jnp.float32 else 1)
+    assert_close((gradients, results), defined(call), call.dtype, factor)
+    again = run(call.arrays, call.options.get("mask"))
+    chex.assert_trees_all_equal(again, (gradients, results))
+    PASSED[name] = call.parts
+
+
+def test_what_a_range_hides_may_be_anything():
+    lengths = FEATURES["soft cap, bias of keys, lengths, fewer key heads"].options["mask"]
+    call = Call({"mask": lengths}, batch=2, dtype=jnp.bfloat16)
+    hidden, poisoned = poison(call)
+    run, clean = _run(call)
+    chex.assert_trees_all_equal(run(poisoned, call.options["mask"]), clean)
+    for name, rows in hidden.items():
+        np.testing.assert_array_equal(clean[0][name][rows], 0)
+
+
+@pytest.mark.parametrize(("hide", "sink"), [("mask", None), ("bias", np.float32([-1, 3]))])
+def test_a_query_without_keys(hide, sink):
+    check_queries_without_keys("pallas_gpu", hide, sink)
+
+
+def test_a_language_model_trains():
+    """A few steps on the kernels are the steps on plain JAX."""
+
+    def losses(implementation):
+        config = DecoderConfig(
+            vocab_size=64,
+            features=128,
+            num_layers=2,
+            num_heads=2,
+            dtype="bfloat16",
+            implementation=implementation,
+        )
+        model = DecoderLM(config, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+        tokens = jax.random.randint(jax.random.key(0), (2, 257), 0, 64)
+
+        @nnx.jit
+        def step(model, optimizer):
+            def loss(model):
+                logits = model(tokens[:, :-1])
+                return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+            value, gradients = nnx.value_and_grad(loss)(model)
+            optimizer.update(model, gradients)
+            return value
+
+        return jnp.stack([step(model, optimizer) for _ in range(5)])
+
+    assert_close(losses("pallas_gpu"), losses("xla"), jnp.bfloat16)
+
+
+def test_proved(request):
+    """What is chosen on a GPU has passed in this run; with --write-proved it is what has."""
+    proved = frozenset().union(*PASSED.values())
+    # A part counts only if no call that has it failed.
+    proved -= frozenset().union(*(call.parts for name, call in CALLS.items() if name not in PASSED))
+    if request.config.getoption("--write-proved"):
+        gpu_proved.FILE.write_text(gpu_proved.written(proved))
+        gpu_proved.proved.cache_clear()
+    assert gpu_proved.proved() <= proved
