@@ -132,18 +132,23 @@ def in_parts(x: Float[Array, "*shape"]) -> list[Array]:
     return [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]
 
 
-def product(a: Parts, b: Parts) -> Array:
+def product(a: Parts, b: Parts, meanwhile: Callable[[], None] | None = None) -> Array:
     """Returns a @ b, float32, in the registers of a warpgroup.
 
     Args:
       a: [64, inner] in SMEM or in registers.
       b: [inner, columns] in SMEM.
+      meanwhile: called when the matrix units have begun.
     """
     if _interpreted.get():
+        if meanwhile is not None:
+            meanwhile()
         return _defined(a, b)
 
     def multiply(total: Any) -> Array:
         _issue(total, a, b)
+        if meanwhile is not None:
+            meanwhile()
         return total[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32))
@@ -186,6 +191,14 @@ def _defined(a: Parts, b: Parts) -> Array:
         return pl.run_scoped(add, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
 
     return sum(multiply(*pair) for pair in _pairs(a, b))
+
+
+def store(target: Any, value: Array) -> None:
+    """Writes what a warpgroup has in its registers to GMEM, with no way through SMEM."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(target, value, optimized=False)
+    else:  # JAX 0.11
+        target[...] = value
 
 
 def transposed(matrix: Parts) -> list[Any]:

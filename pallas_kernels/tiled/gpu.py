@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
@@ -212,14 +213,15 @@ def _attend(
         at = At(stream.batch, stream.head, row, number * plan.tiling.tile)
         plgpu.barrier_wait(scratch["key_ready"].at[slot])
         key = gpu.transposed(gpu.at(scratch["key"], slot))
-        products = gpu.product(query, key)
+        products = gpu.product(query, key, turns.change)
         plgpu.barrier_arrive(scratch["key_free"].at[slot])
-        turns.give()
         scores, here = scored(call, operands, products, refs, at, masked)
         sums, weights = _weighted(call, scores, here, sums, exact)
         weights = gpu.in_parts(weights) if exact else [weights.astype(narrow)]
+        sums, weights = lax.optimization_barrier((sums, weights))
+        turns.offer()
         plgpu.barrier_wait(scratch["value_ready"].at[slot])
-        turns.take()
+        turns.wait()
         value = gpu.at(scratch["value"], slot)
         values = gpu.accumulated(sums.values, weights, value)
         plgpu.barrier_arrive(scratch["value_free"].at[slot])
@@ -303,20 +305,25 @@ class Turns:
 
     def begin(self) -> None:
         """Lets the first warpgroup go ahead."""
-        pl.when(self.warpgroup == 1)(self.give)
+        pl.when(self.warpgroup == 1)(self.change)
 
     def end(self) -> None:
         """Waits for the second warpgroup."""
-        pl.when(self.warpgroup == 0)(self.give)
+        pl.when(self.warpgroup == 0)(self.change)
 
-    def give(self) -> None:
-        """Lets the other warpgroup multiply, when it has its exponentials."""
-        self.take()
+    def change(self) -> None:
+        """Lets the other warpgroup multiply when it has its exponentials, and waits for that."""
+        self.offer()
+        self.wait()
 
-    def take(self) -> None:
-        """Waits until the other warpgroup has multiplied."""
+    def offer(self) -> None:
+        """Says that this warpgroup is ready for the other one's turn, or for its own."""
         if self.shared:
             plgpu.barrier_arrive(self.barrier)
+
+    def wait(self) -> None:
+        """Waits until the other warpgroup is ready too."""
+        if self.shared:
             plgpu.barrier_wait(self.barrier)
 
 

@@ -280,7 +280,7 @@ class _Kernel(NamedTuple):
                 space.at[warpgroup][...] = totals.pop(name)
             for name, total in totals.items():
                 target = results[name].at[b, rows, n]
-                plgpu.store(target, total.astype(target.dtype), optimized=False)
+                gpu.store(target, total.astype(target.dtype))
             if scratch["sums"]:
                 plgpu.commit_smem()
                 for name, space in scratch["sums"].items():
@@ -335,7 +335,7 @@ class _Kernel(NamedTuple):
                 plgpu.barrier_arrive(scratch[f"{name}_free"].at[slot])
             if each is not None:
                 rows, columns = pl.ds(row, gpu.ROWS), pl.ds(at.column, self.plan.tiling.tile)
-                plgpu.store(each.at[at.batch, at.head, rows, columns], d_scores, optimized=False)
+                gpu.store(each.at[at.batch, at.head, rows, columns], d_scores)
             for name in scratch["sums"]:
                 term = by_statistic * d_weights if name == "statistic" else d_scores
                 if name == "slopes":

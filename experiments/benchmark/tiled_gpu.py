@@ -1,0 +1,180 @@
+"""Time of tiled attention on a CUDA device, beside cuDNN's, tokamax's and JAX's own kernel."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from experiments.benchmark.measure import ReportConfig, directed, fastest
+from experiments.benchmark.table import Report, progress
+from experiments.errors import ExperimentError
+from pallas_kernels import masks
+from pallas_kernels.tiled import tiled_attention
+
+PEAKS = {"H100": 989e12, "H200": 989e12}
+"""Dense bfloat16 operations a second, by what the name of a device contains: NVIDIA's figures."""
+
+DIRECTIONS = {"forward": 1.0, "gradient": 3.5}
+"""Matrix products, with the forward's, in forwards: two, and five of the backward."""
+
+HIDDEN = 2048
+"""Features of all heads."""
+
+Peer = Callable[..., Array]
+
+
+@dataclass(frozen=True)
+class GpuConfig(ReportConfig):
+    """Rates of dense attention beside its peers, and what sparse attention saves of it."""
+
+    features: tuple[int, ...] = (64, 128, 256)
+    """Head dimensions."""
+    tokens: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    """Lengths."""
+    total: int = 32768
+    """Tokens of all sequences together."""
+    sparse_tokens: int = 32768
+    """Length at which windows, block lists and other weights are compared."""
+    repeats: int = 20
+    """Runs, of which the fastest counts."""
+
+    def fill(self, report: Report) -> None:
+        """Runs all of them in turn, on the same arrays."""
+        if jax.default_backend() != "gpu":
+            raise ExperimentError(
+                "JAX finds no CUDA device here; `make EXTRA=cuda env` installs its CUDA wheels"
+            )
+        for features in self.features:
+            for mask in ("causal", "full"):
+                for direction in DIRECTIONS:
+                    for tokens in self.tokens:
+                        self._dense(report, features, mask, direction, tokens)
+        for features in self.features:
+            self._sparse(report, features)
+
+    def _dense(self, report: Report, features: int, mask: str, direction: str, tokens: int) -> None:
+        """Adds a row of rates, in TFLOP/s and as shares of the device's peak."""
+        label = f"{direction}, {mask}, {features} features"
+        if self.only not in label:
+            return
+        arrays = self._arrays(features, tokens)
+        batch, _, heads, _ = arrays[0].shape
+        products = 4 * batch * heads * features * tokens**2 * DIRECTIONS[direction]
+        products /= 2 if mask == "causal" else 1
+        row = {"pass": label, "tokens": f"{tokens:,}"}
+        record: dict[str, Any] = dict(row, device=jax.devices()[0].device_kind)
+        for name, peer in peers(mask, direction, features).items():
+            seconds = self._seconds(f"{label}, {tokens:,} tokens: {name}", record, peer, arrays)
+            row[f"{name} TFLOP/s"] = "-" if seconds is None else rate(products / seconds)
+        report.add(row, record)
+
+    def _sparse(self, report: Report, features: int) -> None:
+        """Adds rows of the time that something takes, and of how many times it goes into full."""
+        tokens = self.sparse_tokens
+        (arrays,) = (tuple(x[:1] for x in self._arrays(features, tokens)),)
+        for direction in DIRECTIONS:
+            full = None
+            for name, options in variants(tokens).items():
+                label = f"{direction}, {name}, {features} features"
+                if self.only not in label:
+                    continue
+                row = {"pass": label, "tokens": f"{tokens:,}"}
+                record: dict[str, Any] = dict(row, device=jax.devices()[0].device_kind)
+                ours = directed(direction, functools.partial(_ours, **options), range(3))
+                seconds = self._seconds(label, record, ours, arrays)
+                full = seconds if name == FULL else full
+                if seconds is not None:
+                    row["ours ms"] = f"{1e3 * seconds:.3f}"
+                    row["times as fast as full"] = f"{full / seconds:.2f}" if full else "-"
+                report.add(row, record)
+
+    def _arrays(self, features: int, tokens: int) -> tuple[Array, ...]:
+        shape = (3, max(self.total // tokens, 1), tokens, max(HIDDEN // features, 1), features)
+        return tuple(jax.random.normal(jax.random.key(0), shape, jnp.bfloat16))
+
+    def _seconds(
+        self, label: str, record: dict[str, Any], peer: Peer, arrays: tuple[Array, ...]
+    ) -> float | None:
+        """Times a peer; what it cannot do is in the record, and the others go on."""
+        progress(label)
+        name = label.rpartition(": ")[2]
+        try:
+            seconds = fastest(jax.jit(peer), arrays, self.repeats)
+        except Exception as error:  # of a peer's own kinds
+            record[f"{name} error"] = f"{type(error).__name__}: {error}"
+            return None
+        record[f"{name} seconds"] = seconds
+        return seconds
+
+
+FULL = "softmax"
+
+
+def variants(tokens: int) -> dict[str, dict[str, Any]]:
+    """Returns what is compared with full attention to so many tokens, and that."""
+    return {
+        FULL: {},
+        "sigmoid": {"weights": "sigmoid", "logit_bias": -float(np.log(tokens))},
+        "window of 1,024": {"mask": masks.causal() & masks.window(1023, 0)},
+        "random lists of 128 x 128, an eighth": {"mask": random_lists(tokens, 128)},
+        "random lists of 64 x 64, an eighth": {"mask": random_lists(tokens, 64)},
+    }
+
+
+def random_lists(tokens: int, block: int) -> masks.Mask:
+    """Returns lists of an eighth of all blocks, drawn at random for every block of queries."""
+    rng, count = np.random.default_rng(0), -(-tokens // block)
+    kept = max(count // 8, 1)
+    indices = np.stack([np.sort(rng.permutation(count)[:kept]) for _ in range(count)])
+    counts = np.full((1, 1, count), kept, np.int32)
+    return masks.blocks(indices[None, None].astype(np.int32), counts, block, block)
+
+
+def peers(mask: str, direction: str, features: int) -> dict[str, Peer]:
+    """Returns what a row compares."""
+    causal = masks.causal() if mask == "causal" else None
+    functions: dict[str, Peer] = {
+        "ours": functools.partial(_ours, mask=causal),
+        "cuDNN": functools.partial(
+            jax.nn.dot_product_attention, is_causal=causal is not None, implementation="cudnn"
+        ),
+        "JAX's Mosaic GPU": functools.partial(_mosaic, mask == "causal", features),
+    }
+    if importlib.util.find_spec("tokamax"):
+        functions["tokamax"] = functools.partial(_tokamax, causal is not None)
+    return {name: directed(direction, peer, range(3)) for name, peer in functions.items()}
+
+
+def rate(operations: float) -> str:
+    """Returns operations a second in TFLOP/s, and as a share of the device's peak."""
+    kind = jax.devices()[0].device_kind
+    share = [f" ({operations / peak:.0%})" for name, peak in PEAKS.items() if name in kind]
+    return f"{operations / 1e12:.0f}{''.join(share[:1])}"
+
+
+def _ours(*arrays: Array, **options: Any) -> Array:
+    return tiled_attention(*arrays, implementation="pallas_gpu", **options)
+
+
+def _mosaic(causal: bool, features: int, *arrays: Array) -> Array:
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    # float16, as it copies to memory of that type whatever it gets; 64 tokens fit at any width.
+    tile = 128 if features <= 128 else 64
+    backward = dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), 64)
+    config = attention_mgpu.TuningConfig(64, tile, 2, causal=causal, **backward)
+    return attention_mgpu.attention(*(x.astype(jnp.float16) for x in arrays), config)
+
+
+def _tokamax(causal: bool, *arrays: Array) -> Array:
+    import tokamax
+
+    return tokamax.dot_product_attention(*arrays, is_causal=causal, implementation="mosaic")
