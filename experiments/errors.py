@@ -24,6 +24,9 @@ NO_TPU = {
 }
 """Environment in which libtpu, installed for its compiler, does not complain of missing TPUs."""
 
+NO_GPU = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+"""Environment in which JAX's CUDA plugin, likewise, does not complain of missing libraries."""
+
 USAGE = 2
 FAILURE = 1
 
@@ -65,11 +68,15 @@ def _quiet_libraries() -> None:
     What fails while a checkpoint is written in the background is raised where it is waited for.
     Orbax logs it besides, asyncio does for each array, and tensorstore prints a traceback of its
     own thread, and one for every array it still reads or writes for a loop that has ended. JAX
-    looks for TPUs wherever libtpu is installed.
+    looks for TPUs wherever libtpu is installed, and for GPUs wherever its CUDA plugin is.
     """
+    missing = {}
     if not any(Path("/dev").glob("accel*")) and not Path("/dev/vfio").exists():
-        for name, value in NO_TPU.items():
-            os.environ.setdefault(name, value)
+        missing |= NO_TPU
+    if not Path("/dev/nvidiactl").exists():
+        missing |= NO_GPU
+    for name, value in missing.items():
+        os.environ.setdefault(name, value)
     log = logging.getLogger("experiments")
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)

@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments.errors import ExperimentError
 
-PACKAGES = ("jax", "jaxlib", "libtpu", "tokamax")
+PACKAGES = ("jax", "jaxlib", "libtpu", "nvidia-cuda-nvcc", "tokamax")
 
 
 class Report:
