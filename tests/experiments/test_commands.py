@@ -13,11 +13,14 @@ import pytest
 
 from experiments import config as configs
 from experiments.checkpoint import complete_steps
+from experiments.errors import NO_GPU, NO_TPU
 from experiments.quickstart import _next_run
 from experiments.record import PLOT, read_metrics
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+ACCELERATORS = {"JAX_PLATFORMS", *NO_TPU, *NO_GPU}
+"""Variables by which JAX does not look for accelerators."""
 
 
 QUICKSTART = (
@@ -182,6 +185,19 @@ def test_a_message_is_all_that_is_printed(module, arguments, code, run_command):
     got, out, err = run_command(f"experiments.{module}", *arguments)
     assert got == code, out + err
     assert "Traceback" not in err and (code == 2 or (err.startswith("error: ") and not out))
+
+
+def test_compilers_do_not_complain_that_their_devices_are_missing():
+    """What the `dev` extra has for TPUs and GPUs is found by JAX, which looks for the devices."""
+    program = "import experiments.errors as e, jax; e.run_command(lambda: print(jax.devices()))"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in ACCELERATORS},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and result.stderr == "" and "id=0" in result.stdout
 
 
 def test_a_reader_that_has_had_enough_is_no_error():
