@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from experiments.benchmark import hopper, measure, tiled_cases, tiled_features, tiled_hopper
-from experiments.benchmark.measure import CompileConfig, Passes, compile_all, cost, directed
+from experiments.benchmark.measure import CompileConfig, compile_all, cost, directed
 from experiments.benchmark.table import Report, progress
+from experiments.benchmark.tiled_gpu import GpuConfig
 from experiments.compile_report import Case, Compiled, NotSupported, chosen, load_cases
 from experiments.errors import ExperimentError
 from pallas_kernels import masks
@@ -124,30 +122,6 @@ class CpuConfig(measure.CpuConfig):
 
 
 @dataclass(frozen=True)
-class GpuConfig(measure.GpuConfig):
-    """Time of ours, cuDNN's and tokamax's attention on a CUDA device."""
-
-    def passes(self) -> Passes:
-        """Returns what makes the functions of each row."""
-        shape = (3, self.batch, self.tokens, self.heads, self.features)
-        arrays = tuple(jax.random.normal(jax.random.key(0), shape, jnp.bfloat16))
-        peers = {
-            "ours": functools.partial(_ours, None),
-            "cuDNN": functools.partial(_jax_nn, "cudnn"),
-        }
-        if importlib.util.find_spec("tokamax"):
-            peers["tokamax"] = _tokamax
-
-        def make(mask: str, direction: str) -> dict[str, Any]:
-            return {
-                name: (directed(direction, functools.partial(peer, mask), range(3)), arrays)
-                for name, peer in peers.items()
-            }
-
-        return {label: functools.partial(make, *one) for label, one in _passes().items()}
-
-
-@dataclass(frozen=True)
 class HopperConfig(measure.ReportConfig):
     """The assembler's report on the GPU kernels. Needs no GPU, but JAX's CUDA plugin and nvcc."""
 
@@ -201,12 +175,4 @@ def _ours(implementation: str | None, mask: str, *arrays: Array) -> Array:
 def _jax_nn(implementation: str, mask: str, *arrays: Array) -> Array:
     return jax.nn.dot_product_attention(
         *arrays, is_causal=mask == "causal", implementation=implementation
-    )
-
-
-def _tokamax(mask: str, *arrays: Array) -> Array:
-    import tokamax
-
-    return tokamax.dot_product_attention(
-        *arrays, is_causal=mask == "causal", implementation="mosaic"
     )

@@ -27,6 +27,7 @@ from experiments.benchmark import (
     tiled,
     tiled_cases,
     tiled_features,
+    tiled_gpu,
 )
 from experiments.benchmark.bundles import Loop, read_code
 from experiments.benchmark.table import Report, markdown, show
@@ -648,3 +649,44 @@ def test_cases_file_without_cases(tmp_path):
     path.write_text("")
     with pytest.raises(ExperimentError, match=r"must have a function cases\(\); it has none"):
         compile_report.load_cases(path)
+
+
+def test_gpu_report_of_tiled_attention(monkeypatch):
+    """What a peer cannot do is in the record, and the others go on."""
+    tokens, seconds = 256, 1e-3
+
+    def measured(function, arrays, repeats):
+        assert jax.eval_shape(function, *arrays) is not None and repeats == 20
+        return seconds
+
+    def refused(implementation, *arrays, **_):
+        raise RuntimeError("no such library")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(tiled_gpu, "fastest", measured)
+    monkeypatch.setattr(tiled_gpu, "_mosaic", refused)
+    monkeypatch.setattr(tiled_gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: q)
+    config = tiled_gpu.GpuConfig(
+        features=(64,), tokens=(tokens,), total=2 * tokens, sparse_tokens=512, repeats=20
+    )
+    report = Report()
+    config.fill(report)
+    rows = {row["pass"]: row for row in report.rows}
+    assert len(rows) == len(report.rows) == 4 + 10
+    # Two sequences, 32 heads of 64 features: 4 T^2 operations for each, and half of it if causal.
+    full = 4 * 2 * tokens**2 * 32 * 64 / seconds / 1e12
+    for name, expected in (
+        ("forward, full, 64 features", full),
+        ("gradient, causal, 64 features", full * 3.5 / 2),
+    ):
+        assert float(rows[name]["ours TFLOP/s"]) == float(f"{expected:.0f}")
+        assert rows[name]["JAX's Mosaic GPU TFLOP/s"] == "-"
+    assert "no such library" in report.records[0]["JAX's Mosaic GPU error"]
+    sparse = rows["forward, random lists of 64 x 64, an eighth, 64 features"]
+    assert sparse["times as fast as full"] == "1.00"
+
+
+def test_random_lists_are_an_eighth():
+    mask = tiled_gpu.random_lists(1024, 64)
+    assert np.asarray(mask.to_dense(1024, 1024)).mean() == 1 / 8

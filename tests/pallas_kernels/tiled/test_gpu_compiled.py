@@ -11,13 +11,20 @@ docs/benchmarks.md has of it.
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.benchmark import hopper, tiled_hopper
 from experiments.benchmark.table import markdown
 from experiments.compile_report import NotSupported
 from experiments.errors import ExperimentError
+from pallas_kernels.tiled import tiled_attention
 from tests.pallas_kernels.tiled.gpu_cases import cases
+from tests.sharding import COLLECTIVE
 
 CASES = cases()
 RECORD = json.loads(Path(__file__).with_name("hopper.json").read_text())
@@ -95,3 +102,26 @@ def test_spills_are_known():
 def test_the_table_of_the_benchmarks_is_of_the_record():
     shown = [record for name in tiled_hopper.cases() for record in _recorded(name)]
     assert f"\n{markdown([hopper.row(record) for record in shown])}\n" in BENCHMARKS.read_text()
+
+
+@needs_compiler
+def test_sharded():
+    """Each of four devices runs the kernels on its part of batch and heads, alone."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=hopper.H200, topology="1x4x1"
+    )
+    devices = np.array(topology.devices).reshape(2, 2)
+    mesh = Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+    x = jax.ShapeDtypeStruct((4, 128, 4, 64), jnp.bfloat16, sharding=sharding)
+
+    def loss(*arrays):
+        return tiled_attention(*arrays, implementation="pallas_gpu").astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, x)
+        text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+    calls = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
+    assert len(calls) == 3
+    assert all("bf16[2,128,2,64]" in call for call in calls)
+    assert not COLLECTIVE.search(text)
