@@ -324,9 +324,12 @@ class _Kernel(NamedTuple):
             if "value" in totals:
                 add("value", weights, here["d_out"], totals)
             if len(pairs) > 1:
-                d_weights = gpu.product(*pairs[1])
                 if self.call.options.normalise:
-                    d_weights -= self.operands.value("delta", refs, at)
+                    # It takes no registers of its own when products are added to it.
+                    delta = self.operands.value("delta", refs, at)
+                    d_weights = gpu.accumulated(-delta, *pairs[1])
+                else:
+                    d_weights = gpu.product(*pairs[1])
                 d_scores = derivative * d_weights
                 for name, b in (("query", "key"), ("key", "query")):
                     if name in totals:
@@ -374,8 +377,8 @@ def _most(options: Options, x: Inputs, features: int, transposed: bool) -> int:
     """Returns the most columns of a tile for which the registers suffice: see `tests`."""
     exact = x.query.dtype == jnp.float32
     several = options.weights != "softmax" or options.logits_soft_cap is not None
-    if options.reweight is not None or (features > BOTH[exact] and transposed):
+    if options.reweight is not None or (exact and features > BOTH[exact] and transposed):
         return 32
     if exact:
         return 32 if several or features > 128 else 64
-    return 64 if several or transposed or features > 128 else 128
+    return 64 if several or transposed or features > BOTH[exact] else 128
