@@ -30,6 +30,7 @@ from tests.pallas_kernels.tiled.features import (
     block_list,
     check_queries_without_keys,
     defined,
+    losses_of_a_model,
     normal,
     poison,
     run_function,
@@ -237,6 +238,13 @@ def test_vmap():
         actual = jax.block_until_ready(attend("pallas_gpu")(*arrays))
     expected = attend("reference")(*(x.astype(jnp.float32) for x in arrays))
     assert_close(actual, expected, jnp.bfloat16)
+
+
+def test_a_language_model_trains():
+    """A few steps on the kernels are the steps on plain JAX."""
+    with interpreted():
+        actual = jax.block_until_ready(losses_of_a_model("pallas_gpu", 40, 1, 2))
+    assert_close(actual, losses_of_a_model("xla", 40, 1, 2), jnp.bfloat16)
 
 
 def test_none_chooses_what_has_passed_on_a_gpu(monkeypatch):

@@ -8,11 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 
-from models.language import DecoderConfig, DecoderLM
 from pallas_kernels import masks
 from pallas_kernels.tiled import gpu_proved
 from tests.numerics import assert_close
@@ -22,6 +19,7 @@ from tests.pallas_kernels.tiled.features import (
     block_list,
     check_queries_without_keys,
     defined,
+    losses_of_a_model,
     poison,
     run_function,
 )
@@ -99,33 +97,8 @@ def test_a_query_without_keys(hide, sink):
 
 def test_a_language_model_trains():
     """A few steps on the kernels are the steps on plain JAX."""
-
-    def losses(implementation):
-        config = DecoderConfig(
-            vocab_size=64,
-            features=128,
-            num_layers=2,
-            num_heads=2,
-            dtype="bfloat16",
-            implementation=implementation,
-        )
-        model = DecoderLM(config, rngs=nnx.Rngs(0))
-        optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
-        tokens = jax.random.randint(jax.random.key(0), (2, 257), 0, 64)
-
-        @nnx.jit
-        def step(model, optimizer):
-            def loss(model):
-                logits = model(tokens[:, :-1])
-                return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-            value, gradients = nnx.value_and_grad(loss)(model)
-            optimizer.update(model, gradients)
-            return value
-
-        return jnp.stack([step(model, optimizer) for _ in range(5)])
-
-    assert_close(losses("pallas_gpu"), losses("xla"), jnp.bfloat16)
+    actual, expected = (losses_of_a_model(name, 256, 2, 5) for name in ("pallas_gpu", "xla"))
+    assert_close(actual, expected, jnp.bfloat16)
 
 
 def test_proved(request):
