@@ -178,19 +178,10 @@ def _defined(a: Parts, b: Parts) -> Array:
 
     It knows no operands in registers, and no accumulators that start with something.
     """
-    if any(isinstance(left, jax.Array) for left in a):
-        pairs = [(left, right[...]) for left, right in _pairs(a, b)]
-        plgpu.commit_smem()  # as the copy engine does not know of reads that are no product's
-        return sum(jnp.dot(*pair, preferred_element_type=jnp.float32) for pair in pairs)
-
-    def multiply(left: Any, right: Any) -> Array:
-        def add(total: Any) -> Array:
-            plgpu.wgmma(total, left, right)
-            return total[...]
-
-        return pl.run_scoped(add, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
-
-    return sum(multiply(*pair) for pair in _pairs(a, b))
+    a, b = ([x if isinstance(x, jax.Array) else x[...] for x in parts] for parts in (a, b))
+    plgpu.commit_smem()  # as the copy engine does not know of reads that are no product's
+    pairs = _pairs(a, b)
+    return sum(jnp.dot(*pair, preferred_element_type=jnp.float32) for pair in pairs)
 
 
 def store(target: Any, value: Array) -> None:

@@ -276,7 +276,7 @@ def test_options_and_implementation_reach_every_layer():
         assert_close(logits["xla"], logits["reference"], factor=2)
         np.testing.assert_array_equal(logits["xla"], logits[None])
         with pytest.raises(NotImplementedError, match="pallas_gpu"):
-            make(config, implementation="pallas_gpu")(tokens)
+            make(config, implementation="pallas_gpu", head_dim=160)(tokens)  # too wide for it
 
 
 @pytest.mark.parametrize(

@@ -241,8 +241,11 @@ def test_wrong_arguments():
         call(segment_ids=IDS[0])
     with pytest.raises(ValueError, match=r"segments: query_ids must be .* got shape"):
         call(segment_ids=(IDS[0][:, :4], IDS[1]))
-    with pytest.raises(NotImplementedError, match=r"sigmoid_attention: .*'pallas_gpu'"):
-        call(implementation="pallas_gpu")
+    wide = jnp.tile(value, 50)
+    with pytest.raises(
+        NotImplementedError, match=r"sigmoid_attention: .*'pallas_gpu'.*at most 128"
+    ):
+        attention.sigmoid_attention(query, key, wide, implementation="pallas_gpu")
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

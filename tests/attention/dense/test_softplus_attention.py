@@ -203,8 +203,11 @@ def test_wrong_arguments():
             call(reweight_power=power)
     with pytest.raises(ValueError, match=r"segments: key_ids must be given"):
         call(segment_ids=IDS[0])
-    with pytest.raises(NotImplementedError, match=r"softplus_attention: .*'pallas_gpu'"):
-        call(implementation="pallas_gpu")
+    wide = jnp.tile(value, 50)
+    with pytest.raises(
+        NotImplementedError, match=r"softplus_attention: .*'pallas_gpu'.*at most 128"
+    ):
+        attention.softplus_attention(query, key, wide, implementation="pallas_gpu")
 
 
 def test_sharded_is_unsharded():
