@@ -16,11 +16,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.tpu import padded
+
 ROWS = 64
 """Rows of a product of the matrix units, which a warpgroup holds in its registers."""
 
 COMPUTING = 2
 """Warpgroups of a block that compute."""
+
+FEATURES = 64
+"""Features are filled up to a multiple of it: 128 bytes, a row of what the copy engine writes."""
+
+REGISTERS, REGISTERS_COPYING = 240, 24
+"""Registers of a thread that computes, and of one that copies."""
 
 SMEM_BYTES = 227 * 1024
 """Shared memory of a block."""
@@ -130,6 +138,16 @@ def in_parts(x: Float[Array, "*shape"]) -> list[Array]:
         return [x]
     high = x.astype(jnp.bfloat16)
     return [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]
+
+
+def filled(array: Array, tokens: int, features: int) -> list[Array]:
+    """Returns the parts of [B, tokens, heads, features], filled up with zeros."""
+    return in_parts(padded(padded(array, 1, tokens), 3, features))
+
+
+def whole(size: int, multiple: int = FEATURES) -> int:
+    """Returns the next multiple from a size on."""
+    return -(-size // multiple) * multiple
 
 
 def product(a: Parts, b: Parts, meanwhile: Callable[[], None] | None = None) -> Array:

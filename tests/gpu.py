@@ -6,6 +6,9 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import gpu
 
+PRODUCTS_IN_PARTS = 16.0
+"""How far float32 may be: products of two parts of bfloat16 each have 16 bits, not 24."""
+
 
 @contextlib.contextmanager
 def interpreted():

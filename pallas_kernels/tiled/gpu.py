@@ -20,20 +20,15 @@ from pallas_kernels import gpu
 from pallas_kernels.tiled import tiles
 from pallas_kernels.tiled.gpu_backward import backward
 from pallas_kernels.tiled.gpu_operands import At, Operands, Tiling
-from pallas_kernels.tiled.gpu_proved import unproved
+from pallas_kernels.tiled.gpu_proved import PROVED
 from pallas_kernels.tiled.gpu_stream import (
-    FEATURES,
     FUNCTIONS,
-    REGISTERS,
-    REGISTERS_COPYING,
     Plan,
     Stream,
-    filled,
     of_blocks,
     scored,
     stream_barriers,
     tile_of,
-    whole,
 )
 from pallas_kernels.tiled.inputs import Inputs, Options, without_hidden
 from pallas_kernels.tiled.schedule import Grid, schedule, split
@@ -41,6 +36,8 @@ from pallas_kernels.tiled.scores import LOG2E, Scores
 from pallas_kernels.tpu import result
 
 __all__ = ["backward", "forward", "supports", "unproved"]
+
+unproved = PROVED.unproved
 
 LOWEST = -1e30
 """Where the running maximum starts: finite, so that no difference of maxima is NaN."""
@@ -76,15 +73,15 @@ def forward(
     """Returns the output and the log-sum-exp."""
     x = without_hidden(Inputs(*inputs))
     batch, queries, heads, _ = x.query.shape
-    features, width = (whole(array.shape[3], FEATURES) for array in (x.query, x.value))
+    features, width = (gpu.whole(array.shape[3]) for array in (x.query, x.value))
     plan = _plan(options, x, features, width)
     rows = schedule(x.mask, plan.grid)
     call = Scores.of(options, x, FUNCTIONS)
     more = {} if x.statistic is None else {"statistic": call.divisor(x.statistic)}
     operands = Operands(call, x, plan.tiling, **more)
-    query = filled(x.query, plan.tiling.rows, features)
+    query = gpu.filled(x.query, plan.tiling.rows, features)
     key, value = (
-        filled(array, plan.tiling.columns, size)
+        gpu.filled(array, plan.tiling.columns, size)
         for array, size in ((x.key, features), (x.value, width))
     )
     parts, dtype = len(query), query[0].dtype
@@ -153,7 +150,7 @@ def _kernel(
 
     @pl.when(warpgroup == gpu.COMPUTING)
     def _() -> None:
-        plgpu.set_max_registers(REGISTERS_COPYING, action="decrease")
+        plgpu.set_max_registers(gpu.REGISTERS_COPYING, action="decrease")
         head = n // (plan.tiling.heads // arguments["key"][0].shape[2])
 
         def copy(name: str, number: Array, slot: Array) -> None:
@@ -166,7 +163,7 @@ def _kernel(
 
     @pl.when(warpgroup < gpu.COMPUTING)
     def _() -> None:
-        plgpu.set_max_registers(REGISTERS, action="increase")
+        plgpu.set_max_registers(gpu.REGISTERS, action="increase")
         row = (block * gpu.COMPUTING + warpgroup) * gpu.ROWS
         rows, ready = pl.ds(row, gpu.ROWS), scratch["query_ready"].at[warpgroup]
         query = gpu.at(scratch["query"], warpgroup)
@@ -330,7 +327,7 @@ class Turns:
 def _out_in_place(query: Array, value: Array) -> bool:
     """Returns whether the output takes the place of the queries in SMEM."""
     narrow = query.dtype != jnp.float32
-    return narrow and whole(query.shape[3], FEATURES) == whole(value.shape[3], FEATURES)
+    return narrow and gpu.whole(query.shape[3]) == gpu.whole(value.shape[3])
 
 
 def _plan(options: Options, x: Inputs, features: int, width: int) -> Plan:
@@ -347,7 +344,7 @@ def _plan(options: Options, x: Inputs, features: int, width: int) -> Plan:
     tile, stages = tile_of(
         fixed, streams * 2 * parts * (features + width), _most(options, x, width), block_k, keys
     )
-    tiling = Tiling(whole(queries, both), whole(keys, tile), tile, heads, False)
+    tiling = Tiling(gpu.whole(queries, both), gpu.whole(keys, tile), tile, heads, False)
     grid = Grid(queries, keys, both // streams, tile)
     return Plan(tiling, grid, streams, stages)
 

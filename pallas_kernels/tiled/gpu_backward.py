@@ -19,18 +19,13 @@ from pallas_kernels import gpu
 from pallas_kernels.masks import same_heads
 from pallas_kernels.tiled.gpu_operands import At, Operands, Tiling
 from pallas_kernels.tiled.gpu_stream import (
-    FEATURES,
     FUNCTIONS,
-    REGISTERS,
-    REGISTERS_COPYING,
     Plan,
     Stream,
-    filled,
     of_blocks,
     scored,
     stream_barriers,
     tile_of,
-    whole,
 )
 from pallas_kernels.tiled.inputs import (
     Inputs,
@@ -98,7 +93,7 @@ class _Call:
         self.x = x
         self.batch, self.queries, self.heads, _ = x.query.shape
         self.keys, self.kv_heads = x.key.shape[1:3]
-        self.features, self.width = (whole(a.shape[3], FEATURES) for a in (x.query, x.value))
+        self.features, self.width = (gpu.whole(a.shape[3]) for a in (x.query, x.value))
         self.plan = _plan(options, x, self.features + self.width, transposed)
         self.rows = self.plan.tiling.rows
         queries, keys = self.rows, self.plan.tiling.columns
@@ -107,10 +102,10 @@ class _Call:
         more = row_operands(self.scores, x, lse, delta, queries)
         self.operands = Operands(self.scores, x, self.plan.tiling, **more)
         self.matrices = {
-            "query": filled(x.query, queries, self.features),
-            "key": filled(x.key, keys, self.features),
-            "value": filled(x.value, keys, self.width),
-            "d_out": filled(d_out, queries, self.width),
+            "query": gpu.filled(x.query, queries, self.features),
+            "key": gpu.filled(x.key, keys, self.features),
+            "value": gpu.filled(x.value, keys, self.width),
+            "d_out": gpu.filled(d_out, queries, self.width),
         }
 
     def of_queries(self, names: Sequence[str]) -> dict[str, Array]:
@@ -256,7 +251,7 @@ class _Kernel(NamedTuple):
 
         @pl.when(warpgroup == gpu.COMPUTING)
         def _() -> None:
-            plgpu.set_max_registers(REGISTERS_COPYING, action="decrease")
+            plgpu.set_max_registers(gpu.REGISTERS_COPYING, action="decrease")
 
             def copy_tile(name: str, number: Array, slot: Array) -> None:
                 ready = scratch[f"{name}_ready"].at[slot]
@@ -266,7 +261,7 @@ class _Kernel(NamedTuple):
 
         @pl.when(warpgroup < gpu.COMPUTING)
         def _() -> None:
-            plgpu.set_max_registers(REGISTERS, action="increase")
+            plgpu.set_max_registers(gpu.REGISTERS, action="increase")
             row = (block * gpu.COMPUTING + warpgroup) * gpu.ROWS
             rows, ready = pl.ds(row, gpu.ROWS), scratch["ready"].at[warpgroup]
             for name in self.resident:
@@ -368,7 +363,7 @@ def _plan(options: Options, x: Inputs, features: int, transposed: bool) -> Plan:
     most = min(most, _most(options, x, features, transposed))
     size = 2 * parts * features
     tile, stages = tile_of(both * size, streams * size, most, block_column, columns)
-    tiling = Tiling(whole(rows, both), whole(columns, tile), tile, heads, transposed)
+    tiling = Tiling(gpu.whole(rows, both), gpu.whole(columns, tile), tile, heads, transposed)
     cut = (tile, both // streams) if transposed else (both // streams, tile)
     return Plan(tiling, Grid(queries, keys, *cut), streams, stages)
 

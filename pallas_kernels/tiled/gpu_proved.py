@@ -1,23 +1,13 @@
-"""Which parts of a call the GPU kernels of tiled attention have been seen to compute on a GPU.
+"""The parts of a call of tiled attention: its dtype, weights, terms, masks and gradients."""
 
-A call is made of parts: its dtype, its weights, its terms, its masks, its gradients. Where no
-implementation is asked for, the kernels serve calls all of whose parts are in `FILE`, which
-`make test-gpu ARGS="tests/pallas_kernels/tiled --write-proved"` writes with what has passed.
-"""
-
-import functools
-import json
-from collections.abc import Iterable, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from math import gcd
 
 import jax.numpy as jnp
 
 from pallas_kernels import masks
+from pallas_kernels.gpu_proved import Proved
 from pallas_kernels.tiled.inputs import Inputs, Options
-
-FILE = resources.files(__package__).joinpath("gpu_proved.json")
-"""The list of names of parts."""
 
 
 def parts_of(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ()) -> frozenset[str]:
@@ -48,23 +38,6 @@ def parts_of(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ())
     return frozenset(named | {f"gradient of {name}" for name in gradients})
 
 
-def unproved(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ()) -> str | None:
-    """Returns why the kernels serve a call only if they are asked for by name, or None."""
-    missing = parts_of(options=options, inputs=inputs, gradients=gradients) - proved()
-    return f"not yet seen on a GPU: {', '.join(sorted(missing))}" if missing else None
-
-
-@functools.cache
-def proved() -> frozenset[str]:
-    """Returns the names of the parts that have passed."""
-    return frozenset(json.loads(FILE.read_text()))
-
-
-def written(parts: Iterable[str]) -> str:
-    """Returns the text of the file for these parts."""
-    return json.dumps(sorted(parts), indent=1) + "\n"
-
-
 def _size(inputs: Inputs) -> int:
     """Returns the features of a head, filled up to the next size that has kernels of its own."""
     most = max(inputs.query.shape[3], inputs.value.shape[3])
@@ -75,3 +48,6 @@ def _kind(shape: Sequence[int]) -> str:
     return {(True, True): "pairs", (True, False): "queries", (False, True): "keys"}.get(
         tuple(size > 1 for size in shape), "heads"
     )
+
+
+PROVED = Proved(__package__, parts_of)

@@ -22,12 +22,6 @@ from pallas_kernels.tiled.schedule import Grid
 from pallas_kernels.tiled.scores import Functions, Scores
 from pallas_kernels.tpu import padded
 
-FEATURES = 64
-"""Features are filled up to a multiple of it: 128 bytes, a row of what the copy engine writes."""
-
-REGISTERS, REGISTERS_COPYING = 240, 24
-"""Registers of a thread that computes, and of one that copies."""
-
 
 def _log1p(x: Array, exact: bool) -> Array:
     if not exact:
@@ -152,11 +146,6 @@ def of_blocks(rows: Any, plan: Plan) -> Array:
     return padded(jnp.asarray(rows), 2, plan.blocks * plan.streams)
 
 
-def filled(array: Array, tokens: int, features: int) -> list[Array]:
-    """Returns the parts of [B, tokens, heads, features], filled up with zeros."""
-    return gpu.in_parts(padded(padded(array, 1, tokens), 3, features))
-
-
 def scored(
     call: Scores, operands: Operands, products: Array, refs: dict[str, Any], at: At, masked: bool
 ) -> tuple[Array, dict[str, Any]]:
@@ -164,11 +153,6 @@ def scored(
     here = operands.values(refs, at)
     scores, here["slope"] = call.held(products, here, *operands.positions(at))
     return operands.masked(scores, refs, at) if masked else scores, here
-
-
-def whole(size: int, multiple: int) -> int:
-    """Returns the next multiple from a size on."""
-    return -(-size // multiple) * multiple
 
 
 def tile_of(fixed: int, column: int, most: int, block: int, columns: int) -> tuple[int, int]:

@@ -7,7 +7,6 @@ those are multiplied by NumPy's rules.
 
 import dataclasses
 import functools
-import json
 
 import chex
 import jax
@@ -16,13 +15,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import masks
+from pallas_kernels.gpu_proved import Proved
 from pallas_kernels.tiled import (
     gpu,
-    gpu_proved,
     tiled_attention,
     tiled_attention_transposed,
 )
-from tests.gpu import interpreted
+from tests.gpu import PRODUCTS_IN_PARTS, interpreted
 from tests.numerics import LIMITS, assert_close
 from tests.pallas_kernels.tiled.features import (
     FEATURES,
@@ -46,8 +45,6 @@ REFUSED = {
     "blocks of 32 by 64, groups of 8": r"no groups of keys \(group_size\)",
     "blocks of 48 by 96, statistic of a sigmoid, bias of heads": "got block_q 48 and block_k 96",
 }
-PRODUCTS_IN_PARTS = 16.0
-"""How far float32 may be: products of two parts of bfloat16 each have 16 bits, not 24."""
 
 
 def _kernel(call, **params):
@@ -263,11 +260,11 @@ def test_none_chooses_what_has_passed_on_a_gpu(monkeypatch):
 
     lowered("cuda")
     parts = call.parts
-    monkeypatch.setattr(gpu_proved, "proved", lambda: parts)
+    monkeypatch.setattr(Proved, "parts", lambda _: parts)
     with pytest.raises(AssertionError, match="the GPU kernel is traced"):
         lowered("cuda")
     lowered("cpu")
-    monkeypatch.setattr(gpu_proved, "proved", lambda: parts - {"slopes"})
+    monkeypatch.setattr(Proved, "parts", lambda _: parts - {"slopes"})
     lowered("cuda")
     jax.clear_caches()
 
@@ -280,4 +277,3 @@ def test_parts_of_a_call():
     assert {"mask: blocks of 128 by 128", "bfloat16", "sigmoid", "grouped heads"} <= blocks
     assert {"bias of pairs", "gradient of bias"} <= parts["everything"]
     assert "gradient of bias" not in blocks
-    assert json.loads(gpu_proved.written({"b", "a"})) == ["a", "b"]

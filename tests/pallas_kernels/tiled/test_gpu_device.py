@@ -1,7 +1,7 @@
 """The GPU kernels of tiled attention on a GPU: what has passed is what is chosen there.
 
 `make test-gpu ARGS="tests/pallas_kernels/tiled --write-proved"` writes the names of the parts of
-all calls that passed, see `pallas_kernels.tiled.gpu_proved`.
+all calls that passed, see `pallas_kernels.gpu_proved`.
 """
 
 import chex
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import masks
-from pallas_kernels.tiled import gpu_proved
+from pallas_kernels.tiled.gpu_proved import PROVED
+from tests.gpu import PRODUCTS_IN_PARTS
 from tests.numerics import assert_close
 from tests.pallas_kernels.tiled.features import (
     FEATURES,
@@ -23,7 +24,7 @@ from tests.pallas_kernels.tiled.features import (
     poison,
     run_function,
 )
-from tests.pallas_kernels.tiled.test_gpu import APART, LONG, PRODUCTS_IN_PARTS, REFUSED, STREAMS
+from tests.pallas_kernels.tiled.test_gpu import APART, LONG, REFUSED, STREAMS
 
 pytestmark = pytest.mark.gpu
 
@@ -107,6 +108,5 @@ def test_proved(request):
     # A part counts only if no call that has it failed.
     proved -= frozenset().union(*(call.parts for name, call in CALLS.items() if name not in PASSED))
     if request.config.getoption("--write-proved"):
-        gpu_proved.FILE.write_text(gpu_proved.written(proved))
-        gpu_proved.proved.cache_clear()
-    assert gpu_proved.proved() <= proved
+        PROVED.write(proved)
+    assert PROVED.parts() <= proved
