@@ -158,16 +158,19 @@ def product(a: Parts, b: Parts, meanwhile: Callable[[], None] | None = None) -> 
       b: [inner, columns] in SMEM.
       meanwhile: called when the matrix units have begun.
     """
-    if _interpreted.get():
-        if meanwhile is not None:
-            meanwhile()
-        return _defined(a, b)
+    return product_and(a, b, meanwhile or (lambda: None))[0]
 
-    def multiply(total: Any) -> Array:
+
+def product_and(a: Parts, b: Parts, meanwhile: Callable[[], Any]) -> tuple[Array, Any]:
+    """Returns a @ b, see `product`, and what is returned by what is done meanwhile."""
+    if _interpreted.get():
+        found = meanwhile()
+        return _defined(a, b), found
+
+    def multiply(total: Any) -> tuple[Array, Any]:
         _issue(total, a, b)
-        if meanwhile is not None:
-            meanwhile()
-        return total[...]
+        found = meanwhile()
+        return total[...], found
 
     return pl.run_scoped(multiply, plgpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32))
 
@@ -238,6 +241,13 @@ def across(values: Array, shape: tuple[int, int]) -> Array:
 def down(values: Array, shape: tuple[int, int]) -> Array:
     """Returns values of columns as a matrix."""
     return jax.lax.broadcast_in_dim(values, shape, (1,))
+
+
+def log1p(x: Array) -> Array:
+    """Returns log(1 + x), to the last digits where x is small."""
+    # Kahan's: the error of 1 + x is in both factors.
+    above = 1 + x
+    return jnp.where(above == 1, x, jnp.log(above) * (x / jnp.where(above == 1, 1, above - 1)))
 
 
 def iota(size: int, layout: Any) -> Array:

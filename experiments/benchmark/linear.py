@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from experiments.benchmark import linear_cases, measure
+from experiments.benchmark import gpu, linear_cases, linear_hopper, measure
+from experiments.benchmark.linear_gpu import GpuConfig
 from experiments.benchmark.linear_variants import VARIANTS, LinearCase, arrays_of
-from experiments.benchmark.measure import Cells, CompileConfig, Passes, compile_all, directed
+from experiments.benchmark.measure import Cells, CompileConfig, compile_all, directed
 from experiments.benchmark.table import Report, progress
 from experiments.compile_report import Case, Compiled, Schedule, chosen
 from experiments.errors import ExperimentError
@@ -179,29 +180,16 @@ def _keep_memory() -> None:
 
 
 @dataclass(frozen=True)
-class GpuConfig(measure.GpuConfig):
-    """Time of ours and of cuDNN's causal attention on a CUDA device."""
+class HopperConfig(gpu.HopperConfig):
+    """The assembler's report on the GPU kernels. Needs no GPU, but JAX's CUDA plugin and nvcc."""
 
-    def passes(self) -> Passes:
-        """Returns what makes the functions of each row."""
-        shape = (self.batch, self.tokens, self.heads, self.features)
-
-        def make(name: str, direction: str) -> dict[str, Any]:
-            calls = {"ours": (name, None), "cuDNN": (PEER, "cudnn")}
-            return {
-                peer: _called(called, direction, shape, jnp.bfloat16, implementation)
-                for peer, (called, implementation) in calls.items()
-            }
-
-        return {
-            label: functools.partial(make, *one)
-            for label, one in _passes().items()
-            if one[0] != PEER
-        }
+    cases: Path = Path(linear_hopper.__file__)
+    """Python file with a function `cases()`, as of `python -m experiments.compile_report`."""
 
 
 REPORTS = {
     "schedule": ScheduleConfig,
+    "hopper": HopperConfig,
     "cpu": CpuConfig,
     "compile_time": CompileTimeConfig,
     "gpu": GpuConfig,

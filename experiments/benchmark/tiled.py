@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from pathlib import Path
 import jax
 from jaxtyping import Array
 
-from experiments.benchmark import hopper, measure, tiled_cases, tiled_features, tiled_hopper
+from experiments.benchmark import gpu, measure, tiled_cases, tiled_features, tiled_hopper
 from experiments.benchmark.measure import CompileConfig, compile_all, cost, directed
 from experiments.benchmark.table import Report, progress
 from experiments.benchmark.tiled_gpu import GpuConfig
-from experiments.compile_report import Case, Compiled, NotSupported, chosen, load_cases
+from experiments.compile_report import Case, Compiled, chosen
 from experiments.errors import ExperimentError
 from pallas_kernels import masks
 from pallas_kernels.tiled import tiled_attention
@@ -122,32 +121,11 @@ class CpuConfig(measure.CpuConfig):
 
 
 @dataclass(frozen=True)
-class HopperConfig(measure.ReportConfig):
+class HopperConfig(gpu.HopperConfig):
     """The assembler's report on the GPU kernels. Needs no GPU, but JAX's CUDA plugin and nvcc."""
 
     cases: Path = Path(tiled_hopper.__file__)
     """Python file with a function `cases()`, as of `python -m experiments.compile_report`."""
-
-    def fill(self, report: Report) -> None:
-        """Compiles every case for a Hopper GPU."""
-        hopper.check_compiler()
-        jax.config.update("jax_platforms", "cpu")
-        # What comes out of the cache leaves no reports.
-        jax.config.update("jax_enable_compilation_cache", False)
-        for name, case in chosen(load_cases(self.cases), self.only).items():
-            progress(f"compiling {name}")
-            try:
-                kernels = hopper.compile_kernels(case.function, case.arguments)
-            except NotSupported as error:
-                row = {"case": name, "kernel": "not supported"}
-                report.add(row, {"case": name, "missing": str(error)})
-                continue
-            except ExperimentError as error:
-                report.fail({"case": name, "kernel": "does not compile"}, error)
-                continue
-            for kernel in kernels:
-                record = {"case": name, **dataclasses.asdict(kernel)}
-                report.add(hopper.row(record), record)
 
 
 REPORTS = {

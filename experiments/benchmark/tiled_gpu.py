@@ -13,20 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.benchmark.measure import ReportConfig, directed, fastest
-from experiments.benchmark.table import Report, progress
-from experiments.errors import ExperimentError
+from experiments.benchmark import gpu
+from experiments.benchmark.measure import ReportConfig, directed
+from experiments.benchmark.table import Report
 from pallas_kernels import masks
 from pallas_kernels.tiled import tiled_attention
 
-PEAKS = {"H100": 989e12, "H200": 989e12}
-"""Dense bfloat16 operations a second, by what the name of a device contains: NVIDIA's figures."""
-
 DIRECTIONS = {"forward": 1.0, "gradient": 3.5}
 """Matrix products, with the forward's, in forwards: two, and five of the backward."""
-
-HIDDEN = 2048
-"""Features of all heads."""
 
 Peer = Callable[..., Array]
 
@@ -44,14 +38,11 @@ class GpuConfig(ReportConfig):
     sparse_tokens: int = 32768
     """Length at which windows, block lists and other weights are compared."""
     repeats: int = 20
-    """Runs, of which the fastest counts."""
+    """Rounds of calls, of which the fastest counts."""
 
     def fill(self, report: Report) -> None:
         """Runs all of them in turn, on the same arrays."""
-        if jax.default_backend() != "gpu":
-            raise ExperimentError(
-                "JAX finds no CUDA device here; `make EXTRA=cuda env` installs its CUDA wheels"
-            )
+        gpu.check_device()
         for features in self.features:
             for mask in ("causal", "full"):
                 for direction in DIRECTIONS:
@@ -72,7 +63,7 @@ class GpuConfig(ReportConfig):
         row = {"pass": label, "tokens": f"{tokens:,}"}
         record: dict[str, Any] = dict(row, device=jax.devices()[0].device_kind)
         for name, peer in peers(mask, direction, features).items():
-            seconds = self._seconds(f"{label}, {tokens:,} tokens: {name}", record, peer, arrays)
+            seconds = self._seconds(f"{label}, {tokens:,} tokens", name, record, peer, arrays)
             row[f"{name} TFLOP/s"] = "-" if seconds is None else rate(products / seconds)
         report.add(row, record)
 
@@ -89,7 +80,7 @@ class GpuConfig(ReportConfig):
                 row = {"pass": label, "tokens": f"{tokens:,}"}
                 record: dict[str, Any] = dict(row, device=jax.devices()[0].device_kind)
                 ours = directed(direction, functools.partial(_ours, **options), range(3))
-                seconds = self._seconds(label, record, ours, arrays)
+                seconds = self._seconds(label, "ours", record, ours, arrays)
                 full = seconds if name == FULL else full
                 if seconds is not None:
                     row["ours ms"] = f"{1e3 * seconds:.3f}"
@@ -97,22 +88,14 @@ class GpuConfig(ReportConfig):
                 report.add(row, record)
 
     def _arrays(self, features: int, tokens: int) -> tuple[Array, ...]:
-        shape = (3, max(self.total // tokens, 1), tokens, max(HIDDEN // features, 1), features)
+        shape = (3, *gpu.shape_of(self.total, tokens, features))
         return tuple(jax.random.normal(jax.random.key(0), shape, jnp.bfloat16))
 
     def _seconds(
-        self, label: str, record: dict[str, Any], peer: Peer, arrays: tuple[Array, ...]
+        self, label: str, name: str, record: dict[str, Any], peer: Peer, arrays: tuple[Array, ...]
     ) -> float | None:
-        """Times a peer; what it cannot do is in the record, and the others go on."""
-        progress(label)
-        name = label.rpartition(": ")[2]
-        try:
-            seconds = fastest(jax.jit(peer), arrays, self.repeats)
-        except Exception as error:  # of a peer's own kinds
-            record[f"{name} error"] = f"{type(error).__name__}: {error}"
-            return None
-        record[f"{name} seconds"] = seconds
-        return seconds
+        found = gpu.measured(record, label, name, gpu.cost, peer, arrays, self.repeats)
+        return None if found is None else found["seconds"]
 
 
 FULL = "softmax"
@@ -155,9 +138,7 @@ def peers(mask: str, direction: str, features: int) -> dict[str, Peer]:
 
 def rate(operations: float) -> str:
     """Returns operations a second in TFLOP/s, and as a share of the device's peak."""
-    kind = jax.devices()[0].device_kind
-    share = [f" ({operations / peak:.0%})" for name, peak in PEAKS.items() if name in kind]
-    return f"{operations / 1e12:.0f}{''.join(share[:1])}"
+    return f"{operations / 1e12:.0f}{gpu.share(operations, 'operations')}"
 
 
 def _ours(*arrays: Array, **options: Any) -> Array:

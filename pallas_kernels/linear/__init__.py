@@ -48,12 +48,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import choose, partition
 from pallas_kernels.checks import check_arrays, segment_begins
-from pallas_kernels.linear import features, reference, tpu, xla
+from pallas_kernels.linear import features, gpu, reference, tpu, xla
 from pallas_kernels.linear.inputs import Inputs, Options
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference, "pallas_tpu": tpu}
+IMPLEMENTATIONS = {"xla": xla, "reference": reference, "pallas_tpu": tpu, "pallas_gpu": gpu}
 
-KERNELS = {"tpu": "pallas_tpu"}
+KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 """The kernel that is the best implementation, by platform."""
 
 CHUNK_SIZE = 64

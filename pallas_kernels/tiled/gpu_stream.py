@@ -24,11 +24,7 @@ from pallas_kernels.tpu import padded
 
 
 def _log1p(x: Array, exact: bool) -> Array:
-    if not exact:
-        return jnp.log(1 + x)
-    # Kahan's: the error of 1 + x is in both factors.
-    above = 1 + x
-    return jnp.where(above == 1, x, jnp.log(above) * (x / jnp.where(above == 1, 1, above - 1)))
+    return gpu.log1p(x) if exact else jnp.log(1 + x)
 
 
 FUNCTIONS = Functions(lambda x, exact: 1 / x, _log1p)

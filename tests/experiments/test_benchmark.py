@@ -27,7 +27,6 @@ from experiments.benchmark import (
     tiled,
     tiled_cases,
     tiled_features,
-    tiled_gpu,
 )
 from experiments.benchmark.bundles import Loop, read_code
 from experiments.benchmark.table import Report, markdown, show
@@ -400,7 +399,8 @@ def test_kernels_of_an_assembly():
         hopper.read_kernels(ASSEMBLY.replace("spill", "spilt"))
 
 
-def test_hopper_report(monkeypatch, tmp_path):
+@pytest.mark.parametrize("config", (tiled.HopperConfig, linear.HopperConfig))
+def test_hopper_report(config, monkeypatch, tmp_path):
     def compile_kernels(function, arguments):
         try:
             function(*arguments)
@@ -422,7 +422,7 @@ def test_hopper_report(monkeypatch, tmp_path):
     monkeypatch.setattr(hopper, "check_compiler", lambda: None)
     monkeypatch.setattr(hopper, "compile_kernels", compile_kernels)
     report = Report()
-    tiled.HopperConfig(cases=path).fill(report)
+    config(cases=path).fill(report)
     assert updated == {"jax_platforms": "cpu", "jax_enable_compilation_cache": False}
     cells = [*report.rows[0].values()]
     assert cells == ["a", "product", "168", "20", "3", "2", "copies, wgmma, wgmma"]
@@ -539,8 +539,6 @@ def test_a_linear_pass_is_the_attention_that_it_is_named_for():
     assert jnp.allclose(ours(*arrays), expected, atol=1e-6)
     theirs, arrays = linear._called("jax.nn", "forward", shape, jnp.float32, "xla")
     assert jnp.allclose(theirs(*arrays), jax.nn.dot_product_attention(*arrays, is_causal=True))
-    passes = linear.GpuConfig(batch=1, tokens=20, heads=2, features=8).passes()
-    assert [*passes] == [f"{d}, {name}" for d in ("forward", "gradient") for name in linear.RUN]
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -624,6 +622,7 @@ def test_what_was_measured_before_a_stop_is_shown(monkeypatch, capsys):
         (["tiled", "shedule"], 2, "shedule"),
         (["tiled", "gpu"], 1, "JAX finds no CUDA device here; `make EXTRA=cuda env` installs"),
         (["linear", "gpu"], 1, "JAX finds no CUDA device here; `make EXTRA=cuda env` installs"),
+        (["linear", "gpu", "--peers", "flash"], 2, "--peers"),
         (["linear", "cpu", "--tokens", "0"], 1, "tokens: (0,); all must be at least 1"),
         (["linear", "schedule", "--only", "xx"], 1, "only: 'xx' is in the name of no case"),
         (["tiled", "cpu", "--only", "x"], 1, "only: 'x' is in the name of no case; there are fo"),
@@ -649,44 +648,3 @@ def test_cases_file_without_cases(tmp_path):
     path.write_text("")
     with pytest.raises(ExperimentError, match=r"must have a function cases\(\); it has none"):
         compile_report.load_cases(path)
-
-
-def test_gpu_report_of_tiled_attention(monkeypatch):
-    """What a peer cannot do is in the record, and the others go on."""
-    tokens, seconds = 256, 1e-3
-
-    def measured(function, arrays, repeats):
-        assert jax.eval_shape(function, *arrays) is not None and repeats == 20
-        return seconds
-
-    def refused(implementation, *arrays, **_):
-        raise RuntimeError("no such library")
-
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(tiled_gpu, "fastest", measured)
-    monkeypatch.setattr(tiled_gpu, "_mosaic", refused)
-    monkeypatch.setattr(tiled_gpu.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: q)
-    config = tiled_gpu.GpuConfig(
-        features=(64,), tokens=(tokens,), total=2 * tokens, sparse_tokens=512, repeats=20
-    )
-    report = Report()
-    config.fill(report)
-    rows = {row["pass"]: row for row in report.rows}
-    assert len(rows) == len(report.rows) == 4 + 10
-    # Two sequences, 32 heads of 64 features: 4 T^2 operations for each, and half of it if causal.
-    full = 4 * 2 * tokens**2 * 32 * 64 / seconds / 1e12
-    for name, expected in (
-        ("forward, full, 64 features", full),
-        ("gradient, causal, 64 features", full * 3.5 / 2),
-    ):
-        assert float(rows[name]["ours TFLOP/s"]) == float(f"{expected:.0f}")
-        assert rows[name]["JAX's Mosaic GPU TFLOP/s"] == "-"
-    assert "no such library" in report.records[0]["JAX's Mosaic GPU error"]
-    sparse = rows["forward, random lists of 64 x 64, an eighth, 64 features"]
-    assert sparse["times as fast as full"] == "1.00"
-
-
-def test_random_lists_are_an_eighth():
-    mask = tiled_gpu.random_lists(1024, 64)
-    assert np.asarray(mask.to_dense(1024, 1024)).mean() == 1 / 8

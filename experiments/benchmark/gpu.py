@@ -1,0 +1,129 @@
+"""What reports on GPUs share: those that run on one, and that on what is compiled for one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments.benchmark import hopper
+from experiments.benchmark.measure import ReportConfig, fastest
+from experiments.benchmark.table import Report, progress
+from experiments.compile_report import NotSupported, chosen, load_cases
+from experiments.errors import ExperimentError
+
+
+class Peak(NamedTuple):
+    """The most that a device does in a second."""
+
+    operations: float
+    """On dense bfloat16 matrices."""
+    bandwidth: float
+    """Bytes that its memory moves."""
+
+
+PEAKS = {"H100": Peak(989e12, 3.35e12), "H200": Peak(989e12, 4.8e12)}
+"""By what the name of a device contains: NVIDIA's figures, those of the H100 for SXM."""
+
+HIDDEN = 2048
+"""Features of all heads."""
+
+ROUND, MOST = 0.02, 16
+"""Seconds, about, and at most so many calls of a round: the device does not wait for the host."""
+
+
+def check_device() -> None:
+    """Raises an ExperimentError if JAX finds no CUDA device."""
+    if jax.default_backend() != "gpu":
+        raise ExperimentError(
+            "JAX finds no CUDA device here; `make EXTRA=cuda env` installs its CUDA wheels"
+        )
+
+
+def shape_of(total: int, tokens: int, features: int) -> tuple[int, int, int, int]:
+    """Returns sequences, tokens, heads and features of as many tokens in all, or of a sequence."""
+    return max(total // tokens, 1), tokens, max(HIDDEN // features, 1), features
+
+
+def share(rate: float, of: str) -> str:
+    """Returns, to write after a rate, its share of the device's peak; "" if that is not known."""
+    kind = jax.devices()[0].device_kind
+    found = (getattr(peak, of) for name, peak in PEAKS.items() if name in kind)
+    return next((f" ({rate / peak:.0%})" for peak in found), "")
+
+
+def calls_of(seconds: float) -> int:
+    """Returns the calls of a round, of which one has taken so long."""
+    return int(min(max(ROUND / seconds, 1), MOST))
+
+
+def cost(function: Callable[..., Any], arrays: Sequence[Any], repeats: int) -> dict[str, float]:
+    """Returns seconds of a call in the fastest of some rounds, and bytes beside its arguments."""
+    compiled = jax.jit(function).lower(*arrays).compile()
+    count = calls_of(fastest(compiled, arrays, 1))
+
+    def calls(*arrays: Any) -> Any:
+        for _ in range(count):
+            out = compiled(*arrays)
+        return out
+
+    memory = compiled.memory_analysis()
+    return {
+        "seconds": fastest(calls, arrays, repeats) / count,
+        "bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
+    }
+
+
+def measured(
+    record: dict[str, Any],
+    label: str,
+    name: str,
+    measure: Callable[..., Mapping[str, Any]],
+    *arguments: Any,
+) -> Mapping[str, Any] | None:
+    """Calls what measures a peer; if it fails that is in the record, and the others go on.
+
+    Args:
+      record: to add to what is measured, or the error.
+      label: what is measured, for the terminal.
+      name: of the peer.
+      measure: returns numbers by what they are.
+      *arguments: its arguments.
+    """
+    progress(f"{label}: {name}")
+    try:
+        found = measure(*arguments)
+    except Exception as error:  # of a peer's own kinds
+        record[f"{name} error"] = f"{type(error).__name__}: {error}"
+        return None
+    record |= {f"{name} {what}": value for what, value in found.items()}
+    return found
+
+
+@dataclass(frozen=True)
+class HopperConfig(ReportConfig):
+    """The assembler's report on GPU kernels; a family adds its `cases`."""
+
+    def fill(self, report: Report) -> None:
+        """Compiles every case for a Hopper GPU."""
+        hopper.check_compiler()
+        jax.config.update("jax_platforms", "cpu")
+        # What comes out of the cache leaves no reports.
+        jax.config.update("jax_enable_compilation_cache", False)
+        for name, case in chosen(load_cases(self.cases), self.only).items():
+            progress(f"compiling {name}")
+            try:
+                kernels = hopper.compile_kernels(case.function, case.arguments)
+            except NotSupported as error:
+                row = {"case": name, "kernel": "not supported"}
+                report.add(row, {"case": name, "missing": str(error)})
+                continue
+            except ExperimentError as error:
+                report.fail({"case": name, "kernel": "does not compile"}, error)
+                continue
+            for kernel in kernels:
+                record = {"case": name, **dataclasses.asdict(kernel)}
+                report.add(hopper.row(record), record)

@@ -1,0 +1,189 @@
+"""Linear attention as Pallas kernels for Hopper GPUs: see docs/kernels.md.
+
+Here is what all calls have in common: features of queries and keys, sums of weights, heads that
+memories share. What walks through the memory is in `gpu_scalar` and `gpu_prepared`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels import gpu
+from pallas_kernels.linear import features, gpu_prepared, gpu_scalar
+from pallas_kernels.linear.gpu_call import Call, Spans
+from pallas_kernels.linear.gpu_proved import PROVED
+from pallas_kernels.linear.gpu_walk import CHUNK
+from pallas_kernels.linear.inputs import Inputs, Options, finite
+from pallas_kernels.tpu import padded
+
+__all__ = ["backward", "forward", "forward_keeping", "supports", "unproved"]
+
+unproved = PROVED.unproved
+
+MOST_FEATURES, MOST_FEATURES_FLOAT32 = 256, 192
+"""Rows or columns of a memory, filled up: with the sums of weights there are more columns."""
+
+COUNTS = 2
+"""Values of 1 that count keys where outputs are divided by sums of weights: see `backward`."""
+
+_FIELDS = {"log_decay": "logs", "key_sum": "memory"}
+"""Where inputs are in a `Call`, if not under their own names."""
+
+
+def supports(*, options: Options, inputs: Inputs) -> str | None:
+    """Returns why the kernels do not serve a call, or None."""
+    if inputs.query.dtype == jnp.float64:
+        return "it does not compute in float64"
+    if not options.causal:
+        return "it is causal only"
+    if inputs.log_momentum is not None:
+        return "it has no log_momentum"
+    if options.kept % CHUNK:
+        return f"chunk_size must divide 256 or be a multiple of {CHUNK}; got {options.chunk_size}"
+    exact = inputs.precision == jnp.float32
+    most = MOST_FEATURES_FLOAT32 if exact else MOST_FEATURES
+    rows = features.count(options.feature_map, inputs.query.shape[3])
+    columns = inputs.value.shape[3] + COUNTS * (options.epsilon is not None)
+    for what, size in (("features", rows), ("values", columns)):
+        if gpu.whole(size) > most:
+            return f"{what} of {inputs.query.dtype} must be at most {most}; got {size}"
+    return None
+
+
+def forward(options: Options, *inputs: Array | None) -> tuple[Array, ...]:
+    """Returns the output in the dtype of the query, and the state after the last token."""
+    return _forward(options, Inputs(*inputs), keep=False)
+
+
+def forward_keeping(options: Options, *inputs: Array | None) -> tuple[Array, ...]:
+    """Returns, too, what the backward needs: the states before each group of `options.kept`."""
+    return _forward(options, Inputs(*inputs), keep=True)
+
+
+def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Array, ...]:
+    out_dtype = x.precision if options.epsilon is None else jnp.float32
+    call = _call(options, x, _arrays(options, x), out_dtype)
+    out, memory, kept = _walks(x).forward(call, keep=keep)
+    out = out[:, : x.query.shape[1]]
+    if options.epsilon is not None:
+        out = options.scale * out[..., :-COUNTS] / (out[..., -COUNTS:][..., :1] + options.epsilon)
+    states = (memory, kept) if keep else (memory,)
+    return out.astype(x.query.dtype), *(part for s in states for part in _unpacked(options, s))
+
+
+def backward(options: Options, names: Sequence[str], *arguments: Array | None) -> tuple[Array, ...]:
+    """Returns the gradients of the inputs with these names, see `xla.backward`."""
+    count = len(Inputs._fields)
+    x, rest = Inputs(*arguments[:count]), arguments[count:]
+    states = len(x.state_shapes(options))
+    kept, d_out, d_memory = rest[:states], rest[states], rest[states + 1 :]
+    wanted = {_FIELDS.get(name, name) for name in names}
+
+    def arrays(given: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+        found = _arrays(options, x._replace(**given), by_token="log_decay" in names)
+        return {name: found[name] for name in wanted}, found
+
+    given = {name: getattr(x, name) for name in names}
+    _, pull, found = jax.vjp(arrays, given, has_aux=True)
+    alone = x.query.shape[2] == x.key.shape[2] == x.value.shape[2]
+    call = _call(options, x, found, x.precision if alone else jnp.float32)
+    if options.epsilon is not None:
+        # Of what is divided, and of what it is divided by.
+        sums = _walks(x).forward(call._replace(out_dtype=jnp.float32), keep=False)[0]
+        sums = sums[:, : x.query.shape[1]]
+        weights = sums[..., -COUNTS:][..., :1] + options.epsilon
+        d_out = options.scale * d_out.astype(jnp.float32) / weights
+        d_weights = -jnp.sum(d_out * sums[..., :-COUNTS], axis=-1, keepdims=True) / weights
+        # Much of it cancels what is of the values, so that it is as exact as two numbers are.
+        high = d_weights.astype(jnp.bfloat16).astype(jnp.float32)
+        d_out = jnp.concatenate([d_out, high, d_weights - high], axis=-1)
+        d_memory = d_memory[0], jnp.stack([d_memory[1], jnp.zeros_like(d_memory[1])], axis=-1)
+    else:
+        d_out = options.scale * d_out.astype(jnp.float32)
+    d_out = padded(d_out.astype(x.precision), 1, call.query.shape[1])
+    d_memory = jnp.concatenate(d_memory, axis=-1)
+    gradients = _walks(x).backward(call, wanted, _packed(options, kept), d_out, d_memory)
+    gradients = {name: _folded(gradient, found[name]) for name, gradient in gradients.items()}
+    gradients = pull(gradients)[0]
+    return tuple(gradients[name] for name in names)
+
+
+def _walks(x: Inputs) -> Any:
+    """Returns the module that serves a call."""
+    by_row = x.log_decay is not None and x.log_decay.ndim == 4
+    return gpu_prepared if by_row or x.beta is not None else gpu_scalar
+
+
+def _call(options: Options, x: Inputs, arrays: dict[str, Array], out_dtype: DTypeLike) -> Call:
+    """Returns a call of these arrays."""
+    return Call(
+        **arrays,
+        spans=Spans.of(options, x),
+        scale=options.scale if options.epsilon is None else 1.0,
+        dtype=x.precision,
+        out_dtype=out_dtype,
+    )
+
+
+def _arrays(options: Options, x: Inputs, *, by_token: bool = False) -> dict[str, Array | None]:
+    """Returns the arrays of a `Call`, with logarithms for each token if that is asked for."""
+    batch, count = x.query.shape[:2]
+    tokens = gpu.whole(count, CHUNK)
+
+    def mapped(array: Array) -> Array:
+        if options.feature_map is not None:
+            array = features.mapped(options.feature_map, array.astype(jnp.float32))
+        return array.astype(x.precision)
+
+    logs, value = x.log_decay, x.value.astype(x.precision)
+    if x.runs is not None or (logs is not None and logs.ndim == 2):
+        if x.runs is not None or by_token or tokens != count:
+            # Padding must not decay the last state.
+            logs = jnp.zeros((batch, x.heads)) if logs is None else logs
+            shape = batch, count, x.heads
+            logs = logs if logs.ndim > 2 else jnp.broadcast_to(logs[:, None], shape)
+        else:
+            logs = jnp.broadcast_to(logs[:, None], (logs.shape[0], CHUNK, x.heads))
+    if x.runs is not None:
+        begins = jnp.diff(x.runs, axis=1, prepend=x.runs[:, :1]) != 0
+        logs = jnp.where(begins.reshape(*begins.shape, *(1,) * (logs.ndim - 2)), -jnp.inf, logs)
+    if logs is not None:
+        logs = finite(logs.astype(jnp.float32))
+        logs = logs if logs.shape[1] == CHUNK else padded(logs, 1, tokens)
+    if options.epsilon is not None:
+        ones = jnp.ones_like(value, shape=(*value.shape[:3], COUNTS))
+        value = jnp.concatenate([value, ones], axis=-1)
+    return {
+        "query": padded(mapped(x.query), 1, tokens),
+        "key": padded(mapped(x.key), 1, tokens),
+        "value": padded(value, 1, tokens),
+        "logs": logs,
+        "beta": None if x.beta is None else padded(x.beta.astype(jnp.float32), 1, tokens),
+        "memory": _packed(options, tuple(x.initial_state(options).values())),
+    }
+
+
+def _packed(options: Options, state: Sequence[Array]) -> Float[Array, "*lead F V"]:
+    """Returns the memory, with the sum of keys in more columns."""
+    if options.epsilon is None:
+        return state[0]
+    return jnp.concatenate([state[0], *(state[1][..., None],) * COUNTS], axis=-1)
+
+
+def _unpacked(options: Options, memory: Float[Array, "*lead F V"]) -> tuple[Array, ...]:
+    """Is the inverse of `_packed`."""
+    if options.epsilon is None:
+        return (memory,)
+    return memory[..., :-COUNTS], memory[..., -COUNTS]
+
+
+def _folded(gradient: Array, array: Array) -> Array:
+    """Returns the gradient of an array, from that of what memories read of it."""
+    if gradient.ndim == 4 and gradient.shape != array.shape:
+        heads = array.shape[2]
+        gradient = jnp.sum(gradient.reshape(*gradient.shape[:2], heads, -1, gradient.shape[3]), 3)
+    return gradient.astype(array.dtype)

@@ -1,0 +1,124 @@
+"""What the walks of linear attention on Hopper GPUs are made for: a call, cut up in time."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
+from pallas_kernels.linear.inputs import Inputs, Options
+from pallas_kernels.tpu import padded
+
+PROCESSORS = 132
+"""Of a Hopper GPU, of which each has a block of a walk at a time."""
+
+SHORTEST = 32
+"""Chunks that a span has at least, as to find what it begins with takes half as long again."""
+
+
+class Spans(NamedTuple):
+    """How a call is cut in time, in chunks."""
+
+    chunks: int
+    span: int
+    """Of a span but the last: groups of those that are kept."""
+    kept: int
+    """From one state that is kept to the next."""
+
+    @property
+    def count(self) -> int:
+        """Returns the number of spans."""
+        return -(-self.chunks // self.span)
+
+    @classmethod
+    def of(cls, options: Options, x: Inputs) -> "Spans":
+        """Returns more than one where batch and memories are too few for a GPU."""
+        chunks, kept = -(-x.query.shape[1] // CHUNK), options.kept // CHUNK
+        blocks = x.query.shape[0] * x.heads * -(-x.value.shape[3] // (2 * CHUNK))
+        count = max(min(PROCESSORS // blocks, chunks // SHORTEST), 1)
+        groups = -(-chunks // kept)
+        return cls(chunks, -(-groups // count) * kept, kept)
+
+    def starts(self, kept: Float[Array, "B count M F V"]) -> Float[Array, "B P M F V"]:
+        """Returns what spans begin with, of the states that were kept."""
+        return kept[:, :: self.span // self.kept]
+
+
+class Call(NamedTuple):
+    """The arrays of a call, in whole chunks of 64 tokens.
+
+    Features, not what they are made of; and where outputs are divided by the sums of weights, more
+    values, of 1, whose outputs are these sums.
+    """
+
+    query: Float[Array, "B T N F"]
+    key: Float[Array, "B T K F"]
+    value: Float[Array, "B T L V"]
+    logs: Float[Array, "B|1 64 M"] | Float[Array, "B T M"] | Float[Array, "B T M F"] | None
+    """Logarithms of decays, which may be -1e30; of one chunk where they are always the same."""
+    beta: Float[Array, "B T M"] | None
+    memory: Float[Array, "B M F V"]
+    """Before the first token."""
+    spans: Spans
+    scale: float
+    """Of the outputs."""
+    dtype: DTypeLike
+    """Of products, and of the states that are kept."""
+    out_dtype: DTypeLike
+
+    @property
+    def memories(self) -> int:
+        """Returns their number."""
+        return self.memory.shape[1]
+
+
+def begun(given: Walk, logs: Array | None, spans: Spans, name: str) -> Walk:
+    """Returns a walk in spans, with what each of them begins with.
+
+    A walk through all spans at the same time, each from zero, finds what they add to the memory.
+
+    Args:
+      given: the walk with what the first of its spans begins with, and no spans.
+      logs: logarithms of decays.
+      spans: how it is cut.
+      name: of the kernel that finds what spans add.
+    """
+    if spans.count == 1:
+        return given
+    batch, _, *shape = given.memory.shape
+    zeros = jnp.zeros((batch, spans.count, *shape), jnp.float32)
+    given = given._replace(span=spans.span)
+    added = walk(given._replace(memory=zeros, reader=None, keep=0), name).memory
+    decays = _decays_of_spans(logs, spans, added)
+
+    def step(memory: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
+        decay, more = part
+        return decay * memory + more, memory
+
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (decays, added))
+    _, begins = jax.lax.scan(step, given.memory[:, 0], parts, reverse=given.reverse)
+    return given._replace(memory=jnp.moveaxis(begins, 0, 1))
+
+
+def _decays_of_spans(
+    logs: Array | None, spans: Spans, like: Float[Array, "B P M F V"]
+) -> Float[Array, "B P M F|1 1"]:
+    """Returns what is left of a memory after each span."""
+    batch, count, memories = like.shape[:3]
+    if logs is None:
+        return jnp.ones_like(like, shape=(batch, count, memories, 1, 1))
+    if logs.shape[1] == CHUNK < spans.chunks * CHUNK:
+        chunks = jnp.minimum(spans.span, spans.chunks - spans.span * jnp.arange(count))
+        total = chunks[:, None] * jnp.sum(logs, axis=1)[:, None]
+    else:
+        logs = padded(logs, 1, count * spans.span * CHUNK)
+        total = jnp.sum(logs.reshape(batch, count, -1, *logs.shape[2:]), axis=2)
+    total = jnp.broadcast_to(total, (batch, *total.shape[1:]))
+    return jnp.exp(total.reshape(batch, count, memories, -1, 1))
+
+
+def transposed(memory: Array) -> Array:
+    """Returns memories [..., F, V] as [..., V, F]."""
+    return jnp.swapaxes(memory, -1, -2)

@@ -1,0 +1,170 @@
+"""Linear attention on Hopper GPUs by the delta rule, or with a decay for each row of the memory.
+
+XLA prepares all chunks at the same time: what reads and writes the memory with its decays, scores
+and, for the delta rule, the corrections as if the memory before a chunk were 0, and what is read
+of it by them: with the beta_t k_t scaled keys and L their strictly lower scores among keys,
+
+    e = U - W S,    U = (1 + L)^-1 diag(beta) V,    W = (1 + L)^-1 diag(beta) R_k
+
+so that what is left is a walk. In the backward two walks find the memory before each chunk, and its
+gradient after it; the rest is products of matrices, of all chunks at the same time as well.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.linear import blocks, products
+from pallas_kernels.linear.gpu_call import Call, begun
+from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
+from pallas_kernels.linear.inputs import finite
+
+
+class Prepared(NamedTuple):
+    """What is prepared of chunks, for each memory; decays are float32."""
+
+    reader: Float[Array, "B T M F"]
+    writer: Float[Array, "B T M F"]
+    scores: Float[Array, "B T M C"]
+    value: Float[Array, "B T M V"]
+    decays: Float[Array, "B chunks M F"]
+    erase: Float[Array, "B T M F"] | None
+
+
+def forward(call: Call, *, keep: bool) -> tuple[Array, Array, Array | None]:
+    """Returns the outputs, the last state and, if asked for, those to keep."""
+    x = prepared(call)
+    given = _walk(call, x)._replace(
+        scores=x.scores,
+        keep=call.spans.kept if keep else 0,
+        scale=call.scale,
+        out_dtype=call.out_dtype,
+    )
+    walked = walk(given._replace(reader=x.reader), "linear_forward")
+    return walked.out, walked.memory[:, -1], walked.kept
+
+
+def _walk(call: Call, x: Prepared) -> Walk:
+    """Returns the walk through the memory."""
+    given = Walk(
+        *(x.writer, x.value, call.memory[:, None]),
+        erase=x.erase,
+        decays=x.decays,
+        correct=x.erase is not None,
+        dtype=call.dtype,
+    )
+    # What the delta rule adds depends on what was there.
+    return given if x.erase is not None else begun(given, call.logs, call.spans, "linear_state")
+
+
+def backward(
+    call: Call,
+    names: Collection[str],
+    kept: Float[Array, "B count M F V"],
+    d_out: Float[Array, "B T M V"],
+    d_memory: Float[Array, "B M F V"],
+) -> dict[str, Array]:
+    """Returns gradients by name, see `gpu_scalar.backward`."""
+    arrays = {name: getattr(call, name) for name in names if name != "memory"}
+    x, pull = jax.vjp(lambda arrays: prepared(call._replace(**arrays)), arrays)
+    spans, delta = call.spans, x.erase is not None
+    given = Walk(
+        *(x.writer, x.value, spans.starts(kept).astype(jnp.float32)),
+        erase=x.erase,
+        decays=x.decays,
+        span=spans.span,
+        keep=1,
+        correct=delta,
+        dtype=call.dtype,
+    )
+    walked = walk(given, "linear_states")
+    memory, value = walked.kept, walked.corrected if delta else x.value
+    back = Walk(
+        *(x.reader, d_out, d_memory[:, None]),
+        erase=x.erase,
+        decays=x.decays,
+        reverse=True,
+        out_dtype=call.dtype,
+        dtype=call.dtype,
+    )
+    if not delta:
+        back = begun(back, call.logs, spans, "linear_state_gradient")
+    back = back._replace(reader=x.writer, scores=x.scores, keep=1)
+    walked = walk(back, "linear_states_gradient")
+    d_value, d_after = walked.out, walked.kept
+
+    product = products.product
+    d_out, value, of_value = (in_chunks(array) for array in (d_out, value, d_value))
+    d_x = Prepared(
+        reader=of_tokens(product("bcniv,bcnfv->bcnif", d_out, memory)),
+        writer=of_tokens(product("bcniv,bcnfv->bcnif", value, d_after)),
+        scores=of_tokens(product("bcniv,bcnjv->bcnij", d_out, value)),
+        value=d_value,
+        decays=jnp.sum(memory.astype(jnp.float32) * d_after.astype(jnp.float32), axis=-1),
+        erase=of_tokens(-product("bcniv,bcnfv->bcnif", of_value, memory)) if delta else None,
+    )
+    d_x = jax.tree.map(lambda gradient, array: gradient.astype(array.dtype), d_x, x)
+    gradients = pull(d_x)[0] | {"memory": walked.memory[:, 0]}
+    return {name: gradients[name] for name in names}
+
+
+def prepared(call: Call) -> Prepared:
+    """Prepares a call."""
+    query, key, value = (
+        in_chunks(jnp.repeat(array, call.memories // array.shape[2], axis=2))
+        for array in (call.query, call.key, call.value)
+    )
+    logs = call.logs
+    if logs is None or logs.shape[1] != call.query.shape[1]:
+        logs = jnp.zeros((1, CHUNK, call.memories)) if logs is None else logs
+        shape = logs.shape[0], call.spans.chunks, CHUNK, call.memories
+        logs = jnp.broadcast_to(logs[:, None], shape).reshape(shape[0], -1, shape[3])
+    by_row = logs.ndim == 4
+    decays = blocks.decays(finite(in_chunks(logs if by_row else logs[..., None])))
+    within = None if by_row else blocks.decay_matrix(decays)
+
+    precision = "highest" if call.dtype == jnp.float32 else "default"
+
+    def product(equation: str, left: Array, right: Array) -> Array:
+        with jax.default_matmul_precision(precision):
+            return products.product(equation, left, right)
+
+    def scores(left: Array, right: Array) -> Array:
+        if by_row:
+            return blocks.decayed_products(decays, left, right, product)
+        return within * product("...ih,...jh->...ij", left, right)
+
+    def narrow(array: Array) -> Array:
+        return of_tokens(array.astype(call.dtype))
+
+    shape = *key.shape[:3], key.shape[-1]
+    whole = jnp.broadcast_to(decays.whole[..., 0, :], shape)
+    writer, erase = narrow(decays.until * key), None
+    if call.beta is not None:
+        beta = in_chunks(call.beta[..., None].astype(jnp.float32))
+        inverse = blocks.inverse(jnp.tril(beta * scores(key, key), -1))
+        value = jnp.matmul(inverse, beta * value, precision="highest")
+        erase = narrow(jnp.matmul(inverse, beta * (decays.since * key), precision="highest"))
+    return Prepared(
+        reader=narrow(decays.since * query),
+        writer=writer,
+        scores=narrow(scores(query, key)),
+        value=narrow(value),
+        decays=whole,
+        erase=erase,
+    )
+
+
+def in_chunks(array: Float[Array, "B T M F"]) -> Float[Array, "B chunks M C F"]:
+    """Returns the matrix of every chunk and memory."""
+    batch, _, memories, size = array.shape
+    return jnp.swapaxes(array.reshape(batch, -1, CHUNK, memories, size), 2, 3)
+
+
+def of_tokens(array: Float[Array, "B chunks M C F"]) -> Float[Array, "B T M F"]:
+    """Is the inverse of `in_chunks`."""
+    array = jnp.swapaxes(array, 2, 3)
+    return array.reshape(array.shape[0], -1, *array.shape[3:])

@@ -1,0 +1,146 @@
+"""Linear attention on Hopper GPUs where all rows of the memory decay alike, without the delta rule.
+
+The gradients are walks as well: with the cotangents d of the outputs,
+
+    dq_i = sum_{j<=i} D_ij (d_i . v_j) k_j       reads v^T k with d, from the first token on
+    dk_j = sum_{i>=j} D_ij (v_j . d_i) q_i       reads d^T q with v, from the last one back
+    dv_j = sum_{i>=j} D_ij (k_j . q_i) d_i       reads q^T d with k, from the last one back
+
+and with S and dS the memory and its gradient before a token t, that of the logarithm of its decay
+is S . dS where t is the first token of a group, and by q_t . dq_t - k_t . dk_t less at t + 1.
+"""
+
+from collections.abc import Collection
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.linear.gpu_call import Call, begun, transposed
+from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
+from pallas_kernels.tpu import padded
+
+LOWEST = -120.0
+"""Of logarithms: float32 has no smaller exponential but 0."""
+
+GRID = 2.0**9
+"""Sums of 64 multiples of its inverse, of at most 120 each, are exact in float32."""
+
+
+def forward(call: Call, *, keep: bool) -> tuple[Array, Array, Array | None]:
+    """Returns the outputs, the last state and, if asked for, those to keep."""
+    logs = _finite(call.logs)
+    given = Walk(
+        *(call.key, call.value, call.memory[:, None]),
+        numbers=_numbers(logs, reverse=False),
+        scale=call.scale,
+        out_dtype=call.out_dtype,
+        dtype=call.dtype,
+    )
+    given = begun(given, logs, call.spans, "linear_state")
+    given = given._replace(reader=call.query, keep=call.spans.kept if keep else 0)
+    walked = walk(given, "linear_forward")
+    return walked.out, walked.memory[:, -1], walked.kept
+
+
+def backward(
+    call: Call,
+    names: Collection[str],
+    kept: Float[Array, "B count M F V"],
+    d_out: Float[Array, "B T M V"],
+    d_memory: Float[Array, "B M F V"],
+) -> dict[str, Array]:
+    """Returns gradients by name, one of queries, keys and values for each memory.
+
+    Args:
+      call: the call; if the gradient of logarithms is wanted there is one for each token.
+      names: of the gradients that are wanted.
+      kept: the states that the forward kept.
+      d_out: of the outputs as they are before `call.scale`.
+      d_memory: of the last state.
+    """
+    decays, spans, logs = "logs" in names, call.spans, _finite(call.logs)
+    out_dtype = jnp.float32 if decays else call.out_dtype
+    back = Walk(
+        *(call.query, d_out, d_memory[:, None]),
+        numbers=_numbers(logs, reverse=True),
+        reverse=True,
+        out_dtype=out_dtype,
+        dtype=call.dtype,
+    )
+    back = begun(back, logs, spans, "linear_state_gradient")
+    gradients = {}
+    if "query" in names or decays:
+        given = Walk(
+            *(call.value, call.key, transposed(spans.starts(kept)).astype(jnp.float32)),
+            reader=d_out,
+            numbers=_numbers(logs, reverse=False),
+            span=spans.span,
+            out_dtype=out_dtype,
+            dtype=call.dtype,
+        )
+        gradients["query"] = walk(given, "linear_backward_query").out
+    if "key" in names or decays:
+        given = back._replace(
+            writer=d_out,
+            value=call.query,
+            memory=transposed(back.memory),
+            reader=call.value,
+            keep=spans.kept if decays else 0,
+        )
+        walked = walk(given, "linear_backward_key")
+        gradients["key"], gradients["memory"] = walked.out, transposed(walked.memory[:, 0])
+    if decays:
+        changes = _dots(call.query, gradients["query"]) - _dots(call.key, gradients["key"])
+        before = transposed(gradients["memory"])[:, None].astype(call.dtype)
+        d_kept = jnp.concatenate([before, walked.kept[:, :-1]], axis=1)
+        first = jnp.einsum("bcnfv,bcnvf->bcn", kept, d_kept, preferred_element_type=jnp.float32)
+        gradients["logs"] = _d_logs(call.logs, first, changes, spans.kept * CHUNK)
+    if "value" in names or ("memory" in names and "memory" not in gradients):
+        walked = walk(back._replace(reader=call.key), "linear_backward_value")
+        gradients["value"], gradients["memory"] = walked.out, walked.memory[:, 0]
+    return {name: gradients[name] for name in names}
+
+
+def _finite(logs: Array | None) -> Array | None:
+    return None if logs is None else jnp.maximum(logs, LOWEST)
+
+
+def _numbers(
+    logs: Float[Array, "B T M"] | None, *, reverse: bool
+) -> Float[Array, "B M 4 T"] | None:
+    """Returns what `gpu_walk.NUMBERS` are of logarithms, none of which is below `LOWEST`."""
+    if logs is None:
+        return None
+    batch, tokens, memories = logs.shape
+    logs = jnp.swapaxes(logs, 1, 2).reshape(batch, memories, -1, CHUNK)
+    coarse = jnp.round(logs * GRID) / GRID
+    coarse, fine = (jnp.cumsum(part, axis=-1) for part in (coarse, logs - coarse))
+    after = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
+    since, until = jnp.exp(coarse + fine), jnp.exp(after)
+    if reverse:
+        since, until = until, since
+    numbers = jnp.stack([coarse, fine, since, until], axis=2)
+    return numbers.reshape(batch, memories, 4, tokens)
+
+
+def _dots(rows: Float[Array, "B T N F"], gradients: Float[Array, "B T M F"]) -> Array:
+    """Returns the product of each row and its gradient, [B, T, M]."""
+    batch, tokens, heads, size = rows.shape
+    gradients = gradients.reshape(batch, tokens, heads, -1, size)
+    products = jnp.sum(rows[:, :, :, None].astype(jnp.float32) * gradients, axis=-1)
+    return products.reshape(batch, tokens, -1)
+
+
+def _d_logs(
+    logs: Float[Array, "B T M"],
+    first: Float[Array, "B count M"],
+    changes: Float[Array, "B T M"],
+    size: int,
+) -> Float[Array, "B T M"]:
+    """Returns gradients of logarithms, from those of the first of every `size` tokens."""
+    batch, tokens, memories = logs.shape
+    changes = padded(changes, 1, first.shape[1] * size)
+    changes = changes.reshape(batch, -1, size, memories)
+    before = jnp.cumsum(changes, axis=2) - changes
+    gradients = (first[:, :, None] - before).reshape(batch, -1, memories)[:, :tokens]
+    return jnp.where(logs > LOWEST, gradients, 0)
