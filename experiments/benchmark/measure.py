@@ -96,41 +96,6 @@ class CpuConfig(ReportConfig):
         jax.config.update("jax_platforms", "cpu")
 
 
-@dataclass(frozen=True)
-class GpuConfig(ReportConfig):
-    """What reports on a CUDA device take; a family adds `passes`."""
-
-    tokens: int = 4096
-    """Length."""
-    batch: int = 4
-    """Number of sequences."""
-    heads: int = 8
-    """Number of heads."""
-    features: int = 128
-    """Head dimension."""
-    repeats: int = 20
-    """Runs, of which the fastest counts."""
-
-    def fill(self, report: Report) -> None:
-        """Runs all of them in turn, on the same arrays."""
-        if jax.default_backend() != "gpu":
-            raise ExperimentError(
-                "JAX finds no CUDA device here; `make EXTRA=cuda env` installs its CUDA wheels"
-            )
-        for label, make in chosen(self.passes(), self.only).items():
-            row, record = {"pass": label}, {"pass": label}
-            for name, (function, arrays) in make().items():
-                progress(f"{label}: {name}")
-                seconds = fastest(jax.jit(function), arrays, self.repeats)
-                record[f"{name} seconds"] = seconds
-                row[f"{name} ms"] = f"{1e3 * seconds:.3f}"
-            report.add(row, record)
-
-    def passes(self) -> Passes:
-        """Returns what makes the functions of each row, by name, and their arrays."""
-        raise NotImplementedError
-
-
 def compile_all(
     config: Any,
     report: Report,

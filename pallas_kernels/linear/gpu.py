@@ -1,7 +1,7 @@
 """Linear attention as Pallas kernels for Hopper GPUs: see docs/kernels.md.
 
 Here is what all calls have in common: features of queries and keys, sums of weights, heads that
-memories share. What walks through the memory is in `gpu_scalar` and `gpu_prepared`.
+memories share. How memories are walked is in `gpu_scalar`, `gpu_prepared` and `gpu_noncausal`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
-from pallas_kernels.linear import features, gpu_prepared, gpu_scalar
+from pallas_kernels.linear import features, gpu_noncausal, gpu_prepared, gpu_scalar
 from pallas_kernels.linear.gpu_call import Call, Spans
 from pallas_kernels.linear.gpu_proved import PROVED
 from pallas_kernels.linear.gpu_walk import CHUNK
@@ -38,19 +38,26 @@ def supports(*, options: Options, inputs: Inputs) -> str | None:
     """Returns why the kernels do not serve a call, or None."""
     if inputs.query.dtype == jnp.float64:
         return "it does not compute in float64"
-    if not options.causal:
-        return "it is causal only"
+    if not options.causal and inputs.runs is not None:
+        return "it has no segments if causal is False"
     if inputs.log_momentum is not None:
-        return "it has no log_momentum"
+        return "it has no momentum"
     if options.kept % CHUNK:
         return f"chunk_size must divide 256 or be a multiple of {CHUNK}; got {options.chunk_size}"
     exact = inputs.precision == jnp.float32
     most = MOST_FEATURES_FLOAT32 if exact else MOST_FEATURES
-    rows = features.count(options.feature_map, inputs.query.shape[3])
-    columns = inputs.value.shape[3] + COUNTS * (options.epsilon is not None)
-    for what, size in (("features", rows), ("values", columns)):
-        if gpu.whole(size) > most:
-            return f"{what} of {inputs.query.dtype} must be at most {most}; got {size}"
+    normalised = options.epsilon is not None
+    sizes = {
+        "features": (features.count(options.feature_map, inputs.query.shape[3]), most, ""),
+        "values": (
+            inputs.value.shape[3],
+            most - COUNTS * normalised,
+            ", as the output is normalised" * normalised,
+        ),
+    }
+    for what, (size, limit, why) in sizes.items():
+        if size > limit:
+            return f"{what} of {inputs.query.dtype} must be at most {limit}{why}; got {size}"
     return None
 
 
@@ -67,7 +74,7 @@ def forward_keeping(options: Options, *inputs: Array | None) -> tuple[Array, ...
 def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Array, ...]:
     out_dtype = x.precision if options.epsilon is None else jnp.float32
     call = _call(options, x, _arrays(options, x), out_dtype)
-    out, memory, kept = _walks(x).forward(call, keep=keep)
+    out, memory, kept = _walks(options, x).forward(call, keep=keep)
     out = out[:, : x.query.shape[1]]
     if options.epsilon is not None:
         out = options.scale * out[..., :-COUNTS] / (out[..., -COUNTS:][..., :1] + options.epsilon)
@@ -93,7 +100,7 @@ def backward(options: Options, names: Sequence[str], *arguments: Array | None) -
     call = _call(options, x, found, x.precision if alone else jnp.float32)
     if options.epsilon is not None:
         # Of what is divided, and of what it is divided by.
-        sums = _walks(x).forward(call._replace(out_dtype=jnp.float32), keep=False)[0]
+        sums = _walks(options, x).forward(call._replace(out_dtype=jnp.float32), keep=False)[0]
         sums = sums[:, : x.query.shape[1]]
         weights = sums[..., -COUNTS:][..., :1] + options.epsilon
         d_out = options.scale * d_out.astype(jnp.float32) / weights
@@ -106,14 +113,16 @@ def backward(options: Options, names: Sequence[str], *arguments: Array | None) -
         d_out = options.scale * d_out.astype(jnp.float32)
     d_out = padded(d_out.astype(x.precision), 1, call.query.shape[1])
     d_memory = jnp.concatenate(d_memory, axis=-1)
-    gradients = _walks(x).backward(call, wanted, _packed(options, kept), d_out, d_memory)
+    gradients = _walks(options, x).backward(call, wanted, _packed(options, kept), d_out, d_memory)
     gradients = {name: _folded(gradient, found[name]) for name, gradient in gradients.items()}
     gradients = pull(gradients)[0]
     return tuple(gradients[name] for name in names)
 
 
-def _walks(x: Inputs) -> Any:
+def _walks(options: Options, x: Inputs) -> Any:
     """Returns the module that serves a call."""
+    if not options.causal:
+        return gpu_noncausal
     by_row = x.log_decay is not None and x.log_decay.ndim == 4
     return gpu_prepared if by_row or x.beta is not None else gpu_scalar
 
@@ -132,7 +141,7 @@ def _call(options: Options, x: Inputs, arrays: dict[str, Array], out_dtype: DTyp
 def _arrays(options: Options, x: Inputs, *, by_token: bool = False) -> dict[str, Array | None]:
     """Returns the arrays of a `Call`, with logarithms for each token if that is asked for."""
     batch, count = x.query.shape[:2]
-    tokens = gpu.whole(count, CHUNK)
+    tokens, keys = (gpu.whole(array.shape[1], CHUNK) for array in (x.query, x.key))
 
     def mapped(array: Array) -> Array:
         if options.feature_map is not None:
@@ -143,7 +152,8 @@ def _arrays(options: Options, x: Inputs, *, by_token: bool = False) -> dict[str,
     if x.runs is not None or (logs is not None and logs.ndim == 2):
         if x.runs is not None or by_token or tokens != count:
             # Padding must not decay the last state.
-            logs = jnp.zeros((batch, x.heads)) if logs is None else logs
+            zeros = jnp.zeros_like(x.query, shape=(batch, x.heads), dtype=jnp.float32)
+            logs = zeros if logs is None else logs
             shape = batch, count, x.heads
             logs = logs if logs.ndim > 2 else jnp.broadcast_to(logs[:, None], shape)
         else:
@@ -159,8 +169,8 @@ def _arrays(options: Options, x: Inputs, *, by_token: bool = False) -> dict[str,
         value = jnp.concatenate([value, ones], axis=-1)
     return {
         "query": padded(mapped(x.query), 1, tokens),
-        "key": padded(mapped(x.key), 1, tokens),
-        "value": padded(value, 1, tokens),
+        "key": padded(mapped(x.key), 1, keys),
+        "value": padded(value, 1, keys),
         "logs": logs,
         "beta": None if x.beta is None else padded(x.beta.astype(jnp.float32), 1, tokens),
         "memory": _packed(options, tuple(x.initial_state(options).values())),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.linear import products
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
 from pallas_kernels.linear.inputs import Inputs, Options
 from pallas_kernels.tpu import padded
@@ -88,7 +89,7 @@ def begun(given: Walk, logs: Array | None, spans: Spans, name: str) -> Walk:
     if spans.count == 1:
         return given
     batch, _, *shape = given.memory.shape
-    zeros = jnp.zeros((batch, spans.count, *shape), jnp.float32)
+    zeros = jnp.zeros_like(given.memory, shape=(batch, spans.count, *shape))
     given = given._replace(span=spans.span)
     added = walk(given._replace(memory=zeros, reader=None, keep=0), name).memory
     decays = _decays_of_spans(logs, spans, added)
@@ -117,6 +118,13 @@ def _decays_of_spans(
         total = jnp.sum(logs.reshape(batch, count, -1, *logs.shape[2:]), axis=2)
     total = jnp.broadcast_to(total, (batch, *total.shape[1:]))
     return jnp.exp(total.reshape(batch, count, memories, -1, 1))
+
+
+def product(equation: str, left: Array, right: Array) -> Array:
+    """Is `products.product`, with float32 in full: on a GPU it would be in TensorFloat-32."""
+    exact = left.dtype == right.dtype == jnp.float32
+    with jax.default_matmul_precision("highest" if exact else "default"):
+        return products.product(equation, left, right)
 
 
 def transposed(memory: Array) -> Array:

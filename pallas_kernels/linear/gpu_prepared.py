@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.linear import blocks, products
-from pallas_kernels.linear.gpu_call import Call, begun
+from pallas_kernels.linear import blocks
+from pallas_kernels.linear.gpu_call import Call, begun, product
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
 from pallas_kernels.linear.inputs import finite
 
@@ -96,7 +96,6 @@ def backward(
     walked = walk(back, "linear_states_gradient")
     d_value, d_after = walked.out, walked.kept
 
-    product = products.product
     d_out, value, of_value = (in_chunks(array) for array in (d_out, value, d_value))
     d_x = Prepared(
         reader=of_tokens(product("bcniv,bcnfv->bcnif", d_out, memory)),
@@ -119,18 +118,13 @@ def prepared(call: Call) -> Prepared:
     )
     logs = call.logs
     if logs is None or logs.shape[1] != call.query.shape[1]:
-        logs = jnp.zeros((1, CHUNK, call.memories)) if logs is None else logs
+        zeros = jnp.zeros_like(call.memory, shape=(1, CHUNK, call.memories))
+        logs = zeros if logs is None else logs
         shape = logs.shape[0], call.spans.chunks, CHUNK, call.memories
         logs = jnp.broadcast_to(logs[:, None], shape).reshape(shape[0], -1, shape[3])
     by_row = logs.ndim == 4
     decays = blocks.decays(finite(in_chunks(logs if by_row else logs[..., None])))
     within = None if by_row else blocks.decay_matrix(decays)
-
-    precision = "highest" if call.dtype == jnp.float32 else "default"
-
-    def product(equation: str, left: Array, right: Array) -> Array:
-        with jax.default_matmul_precision(precision):
-            return products.product(equation, left, right)
 
     def scores(left: Array, right: Array) -> Array:
         if by_row:

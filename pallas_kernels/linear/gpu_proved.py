@@ -16,6 +16,7 @@ def parts_of(*, options: Options, inputs: Inputs) -> frozenset[str]:
     sizes = {what: -(-a.shape[3] // 64) * 64 for what, a in (("keys", x.key), ("values", x.value))}
     terms = {
         f"features: {options.feature_map}": options.feature_map is not None,
+        "not causal": not options.causal,
         "normalised": options.epsilon is not None,
         "segments": x.runs is not None,
         "initial state": x.memory is not None,

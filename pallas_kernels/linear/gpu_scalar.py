@@ -7,7 +7,7 @@ The gradients are walks as well: with the cotangents d of the outputs,
     dv_j = sum_{i>=j} D_ij (k_j . q_i) d_i       reads q^T d with k, from the last one back
 
 and with S and dS the memory and its gradient before a token t, that of the logarithm of its decay
-is S . dS where t is the first token of a group, and by q_t . dq_t - k_t . dk_t less at t + 1.
+is S . dS where t is the first token of a chunk, and by q_t . dq_t - k_t . dk_t less at t + 1.
 """
 
 from collections.abc import Collection
@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.linear.gpu_call import Call, begun, transposed
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
-from pallas_kernels.tpu import padded
 
 LOWEST = -120.0
 """Of logarithms: float32 has no smaller exponential but 0."""
@@ -59,7 +58,7 @@ def backward(
       d_memory: of the last state.
     """
     decays, spans, logs = "logs" in names, call.spans, _finite(call.logs)
-    out_dtype = jnp.float32 if decays else call.out_dtype
+    out_dtype, keep = (jnp.float32, 1) if decays else (call.out_dtype, 0)
     back = Walk(
         *(call.query, d_out, d_memory[:, None]),
         numbers=_numbers(logs, reverse=True),
@@ -75,26 +74,28 @@ def backward(
             reader=d_out,
             numbers=_numbers(logs, reverse=False),
             span=spans.span,
+            keep=keep,
             out_dtype=out_dtype,
             dtype=call.dtype,
         )
-        gradients["query"] = walk(given, "linear_backward_query").out
+        walked = walk(given, "linear_backward_query")
+        gradients["query"], before = walked.out, walked.kept
     if "key" in names or decays:
         given = back._replace(
             writer=d_out,
             value=call.query,
             memory=transposed(back.memory),
             reader=call.value,
-            keep=spans.kept if decays else 0,
+            keep=keep,
         )
         walked = walk(given, "linear_backward_key")
         gradients["key"], gradients["memory"] = walked.out, transposed(walked.memory[:, 0])
     if decays:
         changes = _dots(call.query, gradients["query"]) - _dots(call.key, gradients["key"])
-        before = transposed(gradients["memory"])[:, None].astype(call.dtype)
-        d_kept = jnp.concatenate([before, walked.kept[:, :-1]], axis=1)
-        first = jnp.einsum("bcnfv,bcnvf->bcn", kept, d_kept, preferred_element_type=jnp.float32)
-        gradients["logs"] = _d_logs(call.logs, first, changes, spans.kept * CHUNK)
+        d_before = transposed(gradients["memory"])[:, None].astype(call.dtype)
+        d_before = jnp.concatenate([d_before, walked.kept[:, :-1]], axis=1)
+        first = jnp.einsum("bcnvf,bcnvf->bcn", before, d_before, preferred_element_type=jnp.float32)
+        gradients["logs"] = _d_logs(call.logs, first, changes)
     if "value" in names or ("memory" in names and "memory" not in gradients):
         walked = walk(back._replace(reader=call.key), "linear_backward_value")
         gradients["value"], gradients["memory"] = walked.out, walked.memory[:, 0]
@@ -132,15 +133,10 @@ def _dots(rows: Float[Array, "B T N F"], gradients: Float[Array, "B T M F"]) -> 
 
 
 def _d_logs(
-    logs: Float[Array, "B T M"],
-    first: Float[Array, "B count M"],
-    changes: Float[Array, "B T M"],
-    size: int,
+    logs: Float[Array, "B T M"], first: Float[Array, "B chunks M"], changes: Float[Array, "B T M"]
 ) -> Float[Array, "B T M"]:
-    """Returns gradients of logarithms, from those of the first of every `size` tokens."""
-    batch, tokens, memories = logs.shape
-    changes = padded(changes, 1, first.shape[1] * size)
-    changes = changes.reshape(batch, -1, size, memories)
+    """Returns gradients of logarithms, from those of the first of every chunk."""
+    changes = changes.reshape(*first.shape[:2], CHUNK, -1)
     before = jnp.cumsum(changes, axis=2) - changes
-    gradients = (first[:, :, None] - before).reshape(batch, -1, memories)[:, :tokens]
+    gradients = (first[:, :, None] - before).reshape(logs.shape)
     return jnp.where(logs > LOWEST, gradients, 0)

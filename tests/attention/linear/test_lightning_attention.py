@@ -181,15 +181,15 @@ QUERY, KEY, VALUE = inputs(tokens=5, kv_heads=2, dtype=jnp.float32)
         (dict(chunk_size=-1), ValueError, "chunk_size"),
         (dict(implementation="cudnn"), ValueError, "lightning_attention: implementation"),
         (
-            dict(implementation="pallas_gpu"),
+            dict(implementation="pallas_gpu", value=jnp.tile(VALUE, 40)),
             NotImplementedError,
-            "lightning_attention: implementation 'pallas_gpu'",
+            "lightning_attention: implementation 'pallas_gpu' .*at most 192; got 240",
         ),
     ),
 )
 def test_wrong_input(options, error, message):
     with pytest.raises(error, match=message):
-        lightning_attention(QUERY, KEY, VALUE, **options)
+        lightning_attention(**dict(query=QUERY, key=KEY, value=VALUE) | options)
 
 
 def test_wrong_state_or_layer():

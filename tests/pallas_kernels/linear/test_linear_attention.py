@@ -471,8 +471,8 @@ WRONG = {
         ValueError,
         "linear_attention: implementation .*reference.*'cuda'",
     ),
-    "kernel that is not there": (
-        dict(implementation="pallas_gpu"),
+    "kernel that does not serve it": (
+        dict(implementation="pallas_gpu", chunk_size=100),
         NotImplementedError,
         "linear_attention: implementation 'pallas_gpu'",
     ),

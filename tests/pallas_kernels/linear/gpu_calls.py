@@ -1,0 +1,100 @@
+"""Calls of linear attention for the GPU kernels, with what parts they have."""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.linear import gpu, gpu_proved
+from tests.gpu import PRODUCTS_IN_PARTS
+from tests.numerics import assert_close
+from tests.pallas_kernels.linear.cases import ONE, Case
+
+GPU_CASES = {
+    "nothing decays, float16": Case(65, 1, 1, 1, decay=None, state=True),
+    "decay, bfloat16": Case(128, **ONE, width=70),
+    "decay, segments": Case(
+        70,
+        1,
+        4,
+        2,
+        features=20,
+        decay=(-np.inf, -8.0, -0.02, 0.0),
+        segments=True,
+        state=True,
+        scale=0.25,
+    ),
+    "steps, groups of both, wide, relu": Case(
+        20,
+        1,
+        1,
+        1,
+        value_heads=2,
+        features=130,
+        width=12,
+        decay="step",
+        normalize=True,
+        feature_map="relu",
+        state=True,
+    ),
+    "steps, shared keys, elu, segments, bfloat16": Case(
+        140, 1, 2, 1, decay="step", normalize=True, feature_map="elu_plus_one", segments=True
+    ),
+    "channels, no sum of weights to add to": Case(
+        131, **ONE, decay="channel", normalize=True, segments=True, epsilon=0.0
+    ),
+    "delta, bfloat16": Case(70, 1, 2, 1, decay=None, beta=True),
+    "delta, steps, groups of both": Case(
+        70, 1, 1, 1, value_heads=2, decay="step", beta=True, segments=True, state=True
+    ),
+    "delta, channels, bfloat16": Case(131, **ONE, decay="channel", beta=True),
+    "delta of features": Case(65, **ONE, features=5, decay=-0.1, beta=True, feature_map="taylor"),
+    "taylor, bfloat16": Case(
+        128, **ONE, features=5, decay=None, normalize=True, feature_map="taylor"
+    ),
+    "one token": Case(1, **ONE),
+    "all": Case(70, 1, 2, 1, decay=None, causal=False, keys=140, scale=0.25),
+    "all, elu, bfloat16": Case(
+        140,
+        1,
+        2,
+        1,
+        decay=None,
+        causal=False,
+        keys=20,
+        normalize=True,
+        feature_map="elu_plus_one",
+        epsilon=0.0,
+        state=True,
+    ),
+}
+"""What the GPU kernels serve: chunks of 64 tokens, features and values in 64s, full or not."""
+
+
+def dtype_of(name):
+    """Returns the dtype that the name of a case says."""
+    last = name.rpartition(", ")[2]
+    return jnp.dtype(last if "float" in last else jnp.float32)
+
+
+def parts_of(case, dtype):
+    """Returns the names of the parts of a case."""
+    calls = []
+    with mock.patch.object(gpu, "supports", lambda **call: calls.append(call)):
+        jax.eval_shape(lambda: case.call.__wrapped__(case, case.arrays(dtype), None))
+    return gpu_proved.parts_of(**calls[0])
+
+
+def check(actual, expected, dtype, factor=1.0):
+    """Compares results and gradients.
+
+    The gradient of a decay is a sum over tokens, of all or of a group, in which much cancels.
+    """
+    factor *= PRODUCTS_IN_PARTS if jnp.dtype(dtype).itemsize == 4 else 1
+    (results, gradients), (expected, expected_gradients) = actual, expected
+    assert_close(results, expected, dtype, factor)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        more = 4 * factor if name == "log_decay" else factor
+        assert_close({name: gradient}, {name: expected_gradients[name]}, dtype, more)

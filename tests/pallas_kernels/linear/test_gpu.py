@@ -1,0 +1,210 @@
+"""The GPU kernels of linear attention, in numbers: on a CPU, in Pallas's GPU interpret mode.
+
+There memory that nothing was written to is NaN, and races are errors. See tests/pallas_kernels/
+tiled/test_gpu.py for what it knows nothing of.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.gpu_proved import Proved
+from pallas_kernels.linear import gpu, gpu_call, linear_attention
+from tests.gpu import PRODUCTS_IN_PARTS, interpreted
+from tests.numerics import assert_close
+from tests.pallas_kernels.linear.cases import ONE, Case
+from tests.pallas_kernels.linear.gpu_calls import GPU_CASES, check, dtype_of, parts_of
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def _kernel(case, arrays):
+    with interpreted():
+        return jax.block_until_ready(case.differentiated(arrays, "pallas_gpu"))
+
+
+def _check(case, dtype, arrays=None):
+    arrays = case.arrays(dtype) if arrays is None else arrays
+    results, gradients = _kernel(case, arrays)
+    assert results["out"].dtype == dtype
+    chex.assert_trees_all_equal_dtypes(gradients, arrays)
+    check((results, gradients), case.defined(arrays), dtype)
+    return gradients
+
+
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_results_and_gradients(name):
+    case, dtype = GPU_CASES[name], dtype_of(name)
+    arrays = case.arrays(dtype)
+    gradients = _check(case, dtype, arrays)
+    if "log_decay" not in arrays:
+        return
+    nothing = np.asarray(arrays["log_decay"]) <= -1e30
+    if case.segments and nothing.ndim > 1:
+        nothing[:, 1:][np.diff(case.segment_ids(), axis=1) != 0] = True
+    np.testing.assert_array_equal(gradients["log_decay"][nothing], 0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(520, **ONE, decay="step", segments=True),
+        Case(520, 1, 2, 2, decay=(-0.003, 0.0)),
+        Case(520, **ONE, decay="channel"),
+    ],
+    ids=["steps, segments", "decay", "channels"],
+)
+def test_spans(case, monkeypatch):
+    """Where batch and memories are few, several spans of time are walked at the same time."""
+    monkeypatch.setattr(gpu_call, "SHORTEST", 4)
+    found = []
+    begun = gpu_call.Spans.of.__func__
+
+    def spans(*args):
+        found.append(begun(*args))
+        return found[-1]
+
+    monkeypatch.setattr(gpu_call.Spans, "of", classmethod(spans))
+    _check(case, jnp.float32)
+    assert found[0].count > 1
+
+
+def test_the_same_twice():
+    case = GPU_CASES["decay, bfloat16"]
+    arrays = case.arrays(jnp.bfloat16)
+    chex.assert_trees_all_equal(*(_kernel(case, arrays) for _ in range(2)))
+
+
+def test_equal_keys_by_the_delta_rule_in_bfloat16():
+    """The system of equations that a chunk solves is as far from regular as it can be."""
+    case = Case(130, **ONE, decay=None, beta=True)
+    arrays = case.arrays(jnp.bfloat16)
+    key = np.zeros(8)
+    key[[0, 2]] = 0.6, 0.8
+    arrays["key"] = jnp.broadcast_to(jnp.bfloat16(key), arrays["key"].shape)
+    arrays["beta"] = jnp.ones_like(arrays["beta"])
+    _check(case, jnp.bfloat16, arrays)
+
+
+def test_some_gradients_alone():
+    """Not every walk of the backward is needed for each."""
+    case = Case(70, 1, 2, 1, decay=-0.1, state=True)
+    arrays = case.arrays(jnp.float32)
+    with interpreted():
+        for names in (("query",), ("key",), ("value",), ("memory",)):
+            some = {name: arrays[name] for name in names}
+            actual, expected = (
+                jax.block_until_ready(
+                    jax.jit(
+                        jax.grad(lambda x: case.call(arrays | x, which)["out"].sum())  # noqa: B023
+                    )(some)
+                )
+                for which in ("pallas_gpu", "reference")
+            )
+            assert_close(actual, expected, factor=PRODUCTS_IN_PARTS)
+
+
+def test_under_vmap():
+    """Each row has its own decays."""
+    case = Case(64, 1, 2, 2)
+    arrays = case.arrays(np.float32)
+    decays = jnp.float32([[-0.3, -0.1], [-1, 0]])
+
+    def gradients(implementation):
+        def differentiated(log_decay):
+            return case.differentiated(arrays | {"log_decay": log_decay}, implementation)
+
+        return jax.jit(jax.vmap(differentiated))(decays)
+
+    with interpreted():
+        actual = jax.block_until_ready(gradients("pallas_gpu"))
+    assert_close(actual, gradients("reference"), factor=4 * PRODUCTS_IN_PARTS)
+
+
+X = jnp.ones((1, 32, 1, 4))
+WIDE = jnp.ones((1, 32, 1, 193))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "reason"),
+    (
+        (
+            (X, X, X),
+            dict(causal=False, segment_ids=np.ones((1, 32), int)),
+            "it has no segments if causal is False",
+        ),
+        (
+            (X, X, X),
+            dict(log_momentum=jnp.zeros((1, 32, 1))),
+            "it has no momentum",
+        ),
+        (
+            (X, X, X),
+            dict(chunk_size=100),
+            "chunk_size must divide 256 or be a multiple of 64; got 100",
+        ),
+        ((WIDE, WIDE, X), {}, "features of float32 must be at most 192; got 193"),
+        ((X, X, WIDE), {}, "values of float32 must be at most 192; got 193"),
+        (
+            (X, X, WIDE[..., :191]),
+            dict(normalize=True),
+            "values of float32 must be at most 190, as the output is normalised; got 191",
+        ),
+        (
+            (WIDE[..., :22].astype(jnp.bfloat16),) * 2 + (X.astype(jnp.bfloat16),),
+            dict(feature_map="taylor"),
+            "features of bfloat16 must be at most 256; got 276",
+        ),
+    ),
+)
+def test_what_the_kernel_lacks_is_refused_by_name(arrays, options, reason):
+    with pytest.raises(NotImplementedError, match=f"linear_attention: .*'pallas_gpu'.*{reason}"):
+        linear_attention(*arrays, **options, implementation="pallas_gpu")
+    # Whoever does not ask for it gets another one.
+    chex.assert_tree_all_finite(linear_attention(*arrays, **options))
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_is_refused_by_name():
+    x = jnp.asarray(X, jnp.float64)
+    with pytest.raises(NotImplementedError, match=r"'pallas_gpu'.*it does not compute in float64"):
+        linear_attention(x, x, x, implementation="pallas_gpu")
+
+
+def test_none_chooses_what_has_passed_on_a_gpu(monkeypatch):
+    """On a GPU; on a CPU the kernels are never traced."""
+
+    def traced(*_):
+        raise AssertionError("the GPU kernel is traced")
+
+    for function in ("forward", "forward_keeping", "backward"):
+        monkeypatch.setattr(gpu, function, traced)
+    case = GPU_CASES["decay, bfloat16"]
+    arrays, parts = case.arrays(jnp.bfloat16), parts_of(case, jnp.bfloat16)
+
+    def lowered(platform):
+        jax.clear_caches()
+        return case.differentiated.trace(case, arrays, None).lower(lowering_platforms=(platform,))
+
+    lowered("cuda")
+    monkeypatch.setattr(Proved, "parts", lambda _: parts)
+    with pytest.raises(AssertionError, match="the GPU kernel is traced"):
+        lowered("cuda")
+    lowered("cpu")
+    monkeypatch.setattr(Proved, "parts", lambda _: parts - {"initial state"})
+    lowered("cuda")
+    jax.clear_caches()
+
+
+def test_parts_of_a_call():
+    """Whatever makes a kernel another one has a name of its own."""
+    parts = {name: parts_of(case, dtype_of(name)) for name, case in GPU_CASES.items()}
+    assert len(set(parts.values())) == len(parts)
+    assert (
+        "bfloat16, delta rule, decay of a token and feature" in parts["delta, channels, bfloat16"]
+    )
+    grouped = parts["steps, groups of both, wide, relu"]
+    assert {"more values than queries", "features: relu", "normalised"} <= grouped
+    assert "float32, 192 of keys" in grouped
