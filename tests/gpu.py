@@ -1,9 +1,19 @@
-"""Kernels for GPUs, interpreted on a machine that has none."""
+"""Kernels for GPUs, interpreted or compiled on a machine that has none."""
 
 import contextlib
+import json
+from pathlib import Path
 
+import jax
+import numpy as np
+import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from experiments.benchmark import hopper
+from experiments.benchmark.table import markdown
+from experiments.errors import ExperimentError
 from pallas_kernels import gpu
 
 PRODUCTS_IN_PARTS = 16.0
@@ -22,3 +32,90 @@ def interpreted():
         finally:
             # Which an exception leaves as it was; there is no public name for it yet.
             interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def _has_compiler():
+    try:
+        hopper.check_compiler()
+    except ExperimentError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(
+    not _has_compiler(), reason="needs JAX's CUDA plugin and nvcc, here those for Linux x86-64"
+)
+
+
+class Record:
+    """What became of kernels when their record, hopper.json, was written."""
+
+    def __init__(self, test):
+        """Reads the record beside a test."""
+        found = json.loads(Path(test).with_name("hopper.json").read_text())
+        self.versions, self.records = found["versions"], found["records"]
+
+    def of(self, case):
+        """Returns the records of the kernels of a case."""
+        return [record for record in self.records if record["case"] == case]
+
+    @property
+    def cases(self):
+        """Returns the names of the cases."""
+        return {record["case"] for record in self.records}
+
+    @property
+    def spills(self):
+        """Returns the records of kernels that spill registers."""
+        return [record for record in self.records if record.get("spill_bytes")]
+
+    def check(self, case, kernels):
+        """Asserts that kernels need no more registers than they did."""
+        for kernel, known in zip(kernels, self.of(case), strict=True):
+            assert kernel.registers <= known["registers"], self.versions
+            assert kernel.spill_bytes <= known["spill_bytes"], self.versions
+
+    def check_table(self, cases):
+        """Asserts that the table of cases in docs/benchmarks.md is of this record."""
+        shown = [hopper.row(record) for name in cases for record in self.of(name)]
+        benchmarks = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+        assert f"\n{markdown(shown)}\n" in benchmarks.read_text()
+
+
+class Gpus:
+    """A mesh of Hopper GPUs with explicit axes, to compile for."""
+
+    def __init__(self, shape, names):
+        """Makes the mesh."""
+        topology = f"1x{int(np.prod(shape))}x1"
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=hopper.H200, topology=topology
+        )
+        devices = np.array(topology.devices).reshape(shape)
+        self.mesh = Mesh(devices, names, axis_types=(AxisType.Explicit,) * len(names))
+
+    def array(self, shape, dtype, *spec):
+        """Returns the type of an array."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def compile(self, function, *arguments):
+        """Returns the program of each device."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            traced = jax.jit(function).trace(*arguments)
+            return traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+
+
+def check_proved(table, passed, failed, request):
+    """Asserts that what is chosen on a GPU has passed; with --write-proved it is what has.
+
+    Args:
+      table: that of the family.
+      passed: the parts of the calls that passed.
+      failed: those of all others: a part counts only if no call that has it failed.
+      request: pytest's.
+    """
+    parts = frozenset().union(*passed) - frozenset().union(*failed)
+    if request.config.getoption("--write-proved"):
+        table.write(parts)
+    assert table.parts() <= parts

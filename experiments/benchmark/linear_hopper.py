@@ -7,26 +7,26 @@ from experiments.compile_report import Case
 
 TOKENS, HEADS = 2048, 2
 
-KERNELS = (
-    "lightning",
-    "gate per step",
-    "gate per channel (GLA)",
-    "gated delta rule (gated DeltaNet)",
-    "gated delta rule per channel (KDA)",
-)
-"""Variants that need kernels of their own."""
+ALL_SIZES, ONE_SIZE = (64, 128, 256), (128,)
+
+KERNELS = {
+    "lightning": ALL_SIZES,
+    "gate per step": ONE_SIZE,
+    "gate per channel (GLA)": ONE_SIZE,
+    "gated delta rule (gated DeltaNet)": ALL_SIZES,
+    "gated delta rule per channel (KDA)": ONE_SIZE,
+}
+"""Variants that need kernels of their own, and the head dimensions that show how they scale."""
 
 
 def cases() -> dict[str, Case]:
     """Returns the cases, each of which has the forward and the backward kernels."""
     found = {}
-    for i, name in enumerate(KERNELS):
+    for i, (name, sizes) in enumerate(KERNELS.items()):
         # A process compiles a kernel once, which would then be in the first case alone.
         tokens = TOKENS + 64 * i
-        for dtype, sizes in (("bfloat16", (64, 128, 256)), ("float32", (128,))):
-            for features in sizes:
-                inputs = VARIANTS[name].inputs(tokens, HEADS, features, dtype)
-                function = VARIANTS[name].function("gradient", [*inputs], HEADS, "pallas_gpu")
-                case = Case(function, tuple(inputs.values()))
-                found[f"{name}, {dtype}, {features} features"] = case
+        for dtype, features in (*(("bfloat16", size) for size in sizes), ("float32", 128)):
+            inputs = VARIANTS[name].inputs(tokens, HEADS, features, dtype)
+            function = VARIANTS[name].function("gradient", [*inputs], HEADS, "pallas_gpu")
+            found[f"{name}, {dtype}, {features} features"] = Case(function, (*inputs.values(),))
     return found

@@ -9,6 +9,7 @@ of the blocks of s tokens and C what joins pairs of them, X - X C X is that of t
 """
 
 import functools
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ SQUARE = (CHUNK, CHUNK)
 
 LEVELS = 6
 """Sizes of blocks: 1, 2, ..., 32."""
+
+EXACT_LEVELS = 3
+"""Those for which scores among keys have 16 bits; what is farther apart counts for less."""
 
 
 class Plan(NamedTuple):
@@ -70,7 +74,7 @@ class Plan(NamedTuple):
     @property
     def tiles(self) -> int:
         """Returns how many tiles a warpgroup needs for matrices of its own."""
-        return max(self.fine + self.parts, 4 if self.delta else 0)
+        return max(4, self.fine + 2) if self.delta else self.fine + self.parts
 
     @property
     def copies(self) -> int:
@@ -146,7 +150,7 @@ class Chunks:
 
         def erase(slot: Array, tile: Array, carry: list[Array]) -> list[Array]:
             keys = self.loaded("key", slot)
-            keys = self.put(keys * self.since(step, slot), plan.fine, plan.parts)
+            keys = self.put(keys * self.since(step, slot), plan.fine, 2)
             self.write("erase", _product(weights, keys), step, tile)
             return carry
 
@@ -207,17 +211,23 @@ class Chunks:
         self.cut_logs(slot)
         self.write_decays(step, tile)
 
-        def level(i: Array, scores: list[Array]) -> list[Array]:
+        def level(parts: int, i: Array, scores: list[Array]) -> list[Array]:
             size = jnp.left_shift(jnp.int32(1), i)
             decay = jnp.exp(self.sums(_block(size)))
-            decayed = self.put(self.loaded("key", slot) * decay, plan.fine, plan.parts)
-            left = [_cut((self.loaded("query", slot) * decay), plan.parts), decayed][: len(scores)]
+            keys = self.put(self.loaded("key", slot) * decay, plan.fine, parts)
+            queries = _cut(self.loaded("query", slot) * decay, plan.parts)
+            pairs = [(queries, keys[: plan.parts]), (keys, keys)]
             return [
-                total + jnp.where(_joined(size), _product(x, gpu.transposed(decayed)), 0)
-                for x, total in zip(left, scores, strict=True)
+                total + jnp.where(_joined(size), _product(left, gpu.transposed(right)), 0)
+                for (left, right), total in zip(pairs, scores, strict=False)
             ]
 
-        scores = lax.fori_loop(0, LEVELS, level, scores)
+        first = 0
+        if plan.delta and not plan.exact:
+            # Where keys are alike, what is erased comes down to how they differ.
+            first = EXACT_LEVELS
+            scores = lax.fori_loop(0, first, functools.partial(level, 2), scores)
+        scores = lax.fori_loop(first, LEVELS, functools.partial(level, plan.parts), scores)
         since = jnp.exp(self.sums(_prefix()))
         self.write("reader", self.loaded("query", slot) * since, step, tile)
         until = jnp.exp(self.sums(_suffix()))

@@ -17,12 +17,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.linear.gpu_call import Call, begun, transposed
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
-
-LOWEST = -120.0
-"""Of logarithms: float32 has no smaller exponential but 0."""
-
-GRID = 2.0**9
-"""Sums of 64 multiples of its inverse, of at most 120 each, are exact in float32."""
+from pallas_kernels.linear.inputs import GRID, LOWEST
 
 
 def forward(call: Call, *, keep: bool) -> tuple[Array, Array, Array | None]:

@@ -9,6 +9,12 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.linear import features
 from pallas_kernels.partition import Axes
 
+LOWEST = -120.0
+"""Of logarithms: float32 has no smaller exponential but 0."""
+
+GRID = 2.0**9
+"""Sums of 256 multiples of its inverse, of at most 120 each, are exact in float32."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.linear import tpu_chunk, tpu_noncausal, tpu_tiles
-from pallas_kernels.linear.inputs import Inputs, Options
+from pallas_kernels.linear.inputs import LOWEST, Inputs, Options
 from pallas_kernels.linear.tpu_blocks import (
     chunks_of,
     copy_states,
@@ -31,7 +31,7 @@ from pallas_kernels.linear.tpu_blocks import (
     store_states,
     taylor_operand,
 )
-from pallas_kernels.linear.tpu_gates import LOWEST, constant_gate, gate_of
+from pallas_kernels.linear.tpu_gates import constant_gate, gate_of
 from pallas_kernels.linear.tpu_tiles import Tiling, filled
 from pallas_kernels.tpu import FEWEST_TOKENS, LANES, compiler_params, result
 

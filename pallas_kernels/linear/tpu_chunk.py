@@ -14,10 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.linear import features, tpu_inverse
-from pallas_kernels.linear.inputs import Inputs, Options
+from pallas_kernels.linear.inputs import LOWEST, Inputs, Options
 from pallas_kernels.linear.tpu_channels import channel_gate
 from pallas_kernels.linear.tpu_gates import (
-    LOWEST,
     Features,
     Gate,
     Memories,

@@ -13,13 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.linear.inputs import GRID, LOWEST
 from pallas_kernels.tpu import LANES
 from pallas_kernels.tpu_matrix import across, dot, iota, lower, rolled, turned
-
-LOWEST = -120.0
-"""Of logarithms: float32 has no smaller exponential but 0."""
-GRID = 2.0**9
-"""Sums of 256 multiples of its inverse, of at most 120 each, are exact in float32."""
 
 Memories = tuple[Float[Array, "F V"], ...]
 

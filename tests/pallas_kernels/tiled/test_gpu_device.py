@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import masks
 from pallas_kernels.tiled.gpu_proved import PROVED
-from tests.gpu import PRODUCTS_IN_PARTS
+from tests.gpu import PRODUCTS_IN_PARTS, check_proved
 from tests.numerics import assert_close
 from tests.pallas_kernels.tiled.features import (
     FEATURES,
@@ -104,9 +104,5 @@ def test_a_language_model_trains():
 
 def test_proved(request):
     """What is chosen on a GPU has passed in this run; with --write-proved it is what has."""
-    proved = frozenset().union(*PASSED.values())
-    # A part counts only if no call that has it failed.
-    proved -= frozenset().union(*(call.parts for name, call in CALLS.items() if name not in PASSED))
-    if request.config.getoption("--write-proved"):
-        PROVED.write(proved)
-    assert PROVED.parts() <= proved
+    failed = [call.parts for name, call in CALLS.items() if name not in PASSED]
+    check_proved(PROVED, PASSED.values(), failed, request)

@@ -1,0 +1,72 @@
+"""The GPU kernels of linear attention, compiled for a Hopper GPU on a machine that has none.
+
+After a change of the kernels, or of the compiler,
+
+    python -m experiments.benchmark linear hopper --cases CASES --output RECORD
+
+with gpu_cases.py and hopper.json of this folder writes the record again, and prints what
+docs/benchmarks.md has of it.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmark import hopper, linear_hopper
+from pallas_kernels.linear import linear_attention
+from tests.gpu import Gpus, Record, needs_compiler
+from tests.pallas_kernels.linear.gpu_cases import cases
+from tests.sharding import COLLECTIVE
+
+CASES = cases()
+RECORD = Record(__file__)
+
+
+def _expected(name):
+    """Returns the names of the kernels of a case, and its gradients."""
+    if name.startswith("all"):
+        return ["linear_sum"] * 2
+    again = ["linear_forward"] * any(x in name for x in ("elu", "taylor, bf", "add to", "relu"))
+    if any(x in name for x in ("delta", "channel")):
+        return [*again, "linear_forward", "linear_states", "linear_states_gradient"]
+    walks = [f"linear_backward_{array}" for array in ("key", "query", "value")]
+    return [*walks, *again, "linear_forward"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CASES)
+def test_kernels(name):
+    """They need no more registers than they did, and all loops but those that copy multiply."""
+    kernels = hopper.compile_kernels(CASES[name].function, CASES[name].arguments)
+    assert [kernel.kernel for kernel in kernels] == _expected(name)
+    RECORD.check(name, kernels)
+    for kernel in kernels:
+        assert kernel.wgmma and kernel.bulk_copies and not kernel.serialized
+        if name in linear_hopper.cases():
+            assert kernel.loops in ("copies, wgmma", "copies, wgmma and copies")
+
+
+def test_nothing_spills():
+    assert RECORD.cases == CASES.keys()
+    assert not RECORD.spills
+
+
+def test_the_table_of_the_benchmarks_is_of_the_record():
+    RECORD.check_table(linear_hopper.cases())
+
+
+@needs_compiler
+def test_sharded():
+    """Each of four devices runs the kernels on its part of batch and memories, alone."""
+    gpus = Gpus((2, 2), ("data", "tensor"))
+
+    def loss(*arrays):
+        out = linear_attention(*arrays, implementation="pallas_gpu")
+        return jnp.sum(out.astype(jnp.float32))
+
+    x = gpus.array((4, 128, 4, 64), jnp.bfloat16, "data", None, "tensor")
+    text = gpus.compile(jax.grad(loss, argnums=(0, 1, 2)), x, x, x)
+    calls = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
+    assert len(calls) == 4
+    assert all("bf16[2,128,2,64]" in call for call in calls)
+    assert not COLLECTIVE.search(text)

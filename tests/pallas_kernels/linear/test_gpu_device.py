@@ -1,0 +1,77 @@
+"""The GPU kernels of linear attention on a GPU: what has passed is what is chosen there.
+
+`make test-gpu ARGS="tests/pallas_kernels/linear --write-proved"` writes the names of the parts of
+all calls that passed, see `pallas_kernels.gpu_proved`.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.linear.gpu_proved import PROVED
+from tests.gpu import check_proved
+from tests.pallas_kernels.linear.cases import Case
+from tests.pallas_kernels.linear.gpu_calls import GPU_CASES, check, dtype_of, parts_of
+
+pytestmark = pytest.mark.gpu
+
+RULES = {
+    "nothing decays": dict(decay=None),
+    "decay": dict(decay=(-0.01, -0.3)),
+    "steps": dict(decay="step"),
+    "channels": dict(decay="channel"),
+    "delta": dict(decay=None, beta=True),
+    "delta, decay": dict(decay=(-0.01, -0.3), beta=True),
+    "delta, steps": dict(decay="step", beta=True),
+    "delta, channels": dict(decay="channel", beta=True),
+}
+SIZES = {64: (64, 64), 128: (128, 128), 192: (64, 192), 256: (256, 128)}
+CASES = (
+    {name: (case, dtype_of(name)) for name, case in GPU_CASES.items()}
+    | {
+        f"{name}, {dtype}": (
+            Case(1000, heads=2, kv_heads=2, features=64, width=64, state=True, **rule),
+            jnp.dtype(dtype),
+        )
+        for name, rule in RULES.items()
+        for dtype in ("bfloat16", "float16", "float32")
+    }
+    | {
+        f"steps, {features} by {width}, {dtype}": (
+            Case(300, heads=2, kv_heads=2, features=features, width=width, decay="step"),
+            jnp.dtype(dtype),
+        )
+        for features, width in SIZES.values()
+        for dtype in ("bfloat16", "float16", "float32")
+        if dtype == "bfloat16" or features <= 192
+    }
+    | {
+        f"several spans, {name}, bfloat16": (
+            Case(8192, 1, 2, 2, features=64, width=64, **RULES[name]),
+            jnp.dtype(jnp.bfloat16),
+        )
+        for name in ("decay", "steps", "channels", "delta, steps")
+    }
+)
+PASSED: dict[str, frozenset[str]] = {}
+"""The parts of the calls that have passed in this run."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_and_gradients(name):
+    case, dtype = CASES[name]
+    arrays = case.arrays(dtype)
+    run = case.differentiated
+    results, gradients = jax.block_until_ready(run(arrays, "pallas_gpu"))
+    assert results["out"].dtype == dtype
+    chex.assert_trees_all_equal_dtypes(gradients, arrays)
+    check((results, gradients), case.defined(arrays), dtype, factor=2)
+    chex.assert_trees_all_equal(run(arrays, "pallas_gpu"), (results, gradients))
+    PASSED[name] = parts_of(case, dtype)
+
+
+def test_proved(request):
+    """What is chosen on a GPU has passed in this run; with --write-proved it is what has."""
+    failed = [parts_of(*call) for name, call in CASES.items() if name not in PASSED]
+    check_proved(PROVED, PASSED.values(), failed, request)
