@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.benchmark import gpu
-from experiments.benchmark.linear_variants import BOUND, VARIANTS, arrays_of
+from experiments.benchmark.linear_variants import BOUND, VARIANTS, arrays_of, constant_decays
 from experiments.benchmark.measure import ReportConfig, directed
 from experiments.benchmark.table import Report
 from experiments.compile_report import chosen
@@ -169,7 +169,7 @@ def fla_cost(
     arguments = {ARGUMENTS[of]: leaf for of, leaf in zip(inputs, leaves, strict=True)}
     cotangent = torch.ones_like(arguments["v"])
     if VARIANTS[name].constant_decay:
-        arguments["g_gamma"] = torch.from_dlpack(jnp.asarray(_decays(arrays[0].shape[2])))
+        arguments["g_gamma"] = torch.from_dlpack(jnp.asarray(constant_decays(arrays[0].shape[2])))
     for leaf in leaves:
         leaf.requires_grad_(direction == "gradient")
 
@@ -198,11 +198,6 @@ def fla_cost(
         torch.cuda.empty_cache()  # JAX needs memory, too
     versions = f"{fla.__version__}, PyTorch {torch.__version__}"
     return {"seconds": fastest, "bytes": size, "version": versions}
-
-
-def _decays(heads: int) -> np.ndarray:
-    """Returns the logarithms of the decays that `Variant.function` gives to heads."""
-    return -(2.0 ** -np.linspace(1, 8, heads, dtype=np.float32))
 
 
 def draw(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

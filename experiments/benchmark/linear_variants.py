@@ -66,7 +66,7 @@ class Variant:
         """Returns the attention, or its gradients, as a function of arguments in order."""
         options = {**self.options, "implementation": implementation}
         if self.constant_decay:
-            options["log_decay"] = -(2.0 ** -np.linspace(1, 8, heads, dtype=np.float32))
+            options["log_decay"] = constant_decays(heads)
 
         def attention(*arrays: Array) -> Array:
             return linear.linear_attention(**dict(zip(names, arrays, strict=True)), **options)
@@ -130,3 +130,8 @@ def arrays_of(inputs: Mapping[str, ShapeDtypeStruct]) -> dict[str, Array]:
             array = -0.1 * array if name.startswith("log_") else array
         found[name] = array.astype(kind.dtype)
     return found
+
+
+def constant_decays(heads: int) -> np.ndarray:
+    """Returns the logarithm of the decay of each head, where it is the same for all tokens."""
+    return -(2.0 ** -np.linspace(1, 8, heads, dtype=np.float32))

@@ -311,13 +311,14 @@ def test_linear_cases_for_hopper(monkeypatch):
     monkeypatch.setattr(
         linear_variants.linear, "linear_attention", lambda **x: attention(x.pop("query"), **x)
     )
-    sizes = [("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float32", 128)]
+    sizes = {
+        name: [*(("bfloat16", size) for size in widths), ("float32", 128)]
+        for name, widths in linear_hopper.KERNELS.items()
+    }
     assert [*found] == [
-        f"{name}, {dtype}, {features} features"
-        for name in linear_hopper.KERNELS
-        for dtype, features in sizes
+        f"{name}, {dtype}, {features} features" for name in sizes for dtype, features in sizes[name]
     ]
     for case in found.values():
         gradients = jax.eval_shape(case.function, *case.arguments)
         assert [x.shape for x in gradients] == [x.shape for x in case.arguments]
-    assert called == [(*size, "pallas_gpu") for size in sizes] * 5
+    assert called == [(*size, "pallas_gpu") for of in sizes.values() for size in of]
