@@ -186,6 +186,26 @@ def total(results):
     return sum((results[n] * rng.standard_normal(results[n].shape)).sum() for n in sorted(results))
 
 
+def equal_keys(case):
+    """Returns arrays with which the system that a chunk solves is as far from regular as can be."""
+    arrays = case.arrays(jnp.bfloat16)
+    key = np.zeros(case.features)
+    key[[0, 2]] = 0.6, 0.8
+    arrays["key"] = jnp.broadcast_to(jnp.bfloat16(key), arrays["key"].shape)
+    arrays["beta"] = jnp.ones_like(arrays["beta"])
+    return arrays
+
+
+def of_rows(case, implementation):
+    """Returns results and gradients under `jax.vmap` of two memories whose decays rows have."""
+    arrays, decays = case.arrays(np.float32), jnp.float32([[-0.3, -0.1], [-1, 0]])
+
+    def differentiated(log_decay):
+        return case.differentiated(arrays | {"log_decay": log_decay}, implementation)
+
+    return jax.block_until_ready(jax.jit(jax.vmap(differentiated))(decays))
+
+
 VARIANTS = {
     "decay": dict(decay=-0.3),
     "steps": dict(decay="step"),

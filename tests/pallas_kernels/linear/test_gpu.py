@@ -14,7 +14,7 @@ from pallas_kernels.gpu_proved import Proved
 from pallas_kernels.linear import gpu, gpu_call, linear_attention
 from tests.gpu import PRODUCTS_IN_PARTS, interpreted
 from tests.numerics import assert_close
-from tests.pallas_kernels.linear.cases import ONE, Case
+from tests.pallas_kernels.linear.cases import ONE, Case, equal_keys, of_rows
 from tests.pallas_kernels.linear.gpu_calls import GPU_CASES, check, dtype_of, parts_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -78,14 +78,8 @@ def test_the_same_twice():
 
 
 def test_equal_keys_by_the_delta_rule_in_bfloat16():
-    """The system of equations that a chunk solves is as far from regular as it can be."""
     case = Case(130, **ONE, decay=None, beta=True)
-    arrays = case.arrays(jnp.bfloat16)
-    key = np.zeros(8)
-    key[[0, 2]] = 0.6, 0.8
-    arrays["key"] = jnp.broadcast_to(jnp.bfloat16(key), arrays["key"].shape)
-    arrays["beta"] = jnp.ones_like(arrays["beta"])
-    _check(case, jnp.bfloat16, arrays)
+    _check(case, jnp.bfloat16, equal_keys(case))
 
 
 def test_some_gradients_alone():
@@ -107,20 +101,10 @@ def test_some_gradients_alone():
 
 
 def test_under_vmap():
-    """Each row has its own decays."""
     case = Case(64, 1, 2, 2)
-    arrays = case.arrays(np.float32)
-    decays = jnp.float32([[-0.3, -0.1], [-1, 0]])
-
-    def gradients(implementation):
-        def differentiated(log_decay):
-            return case.differentiated(arrays | {"log_decay": log_decay}, implementation)
-
-        return jax.jit(jax.vmap(differentiated))(decays)
-
     with interpreted():
-        actual = jax.block_until_ready(gradients("pallas_gpu"))
-    assert_close(actual, gradients("reference"), factor=4 * PRODUCTS_IN_PARTS)
+        actual = of_rows(case, "pallas_gpu")
+    assert_close(actual, of_rows(case, "reference"), factor=4 * PRODUCTS_IN_PARTS)
 
 
 X = jnp.ones((1, 32, 1, 4))

@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 from pallas_kernels.linear import linear_attention, tpu
 from pallas_kernels.partition import axes
 from tests.numerics import assert_close
-from tests.pallas_kernels.linear.cases import ONE, STATE, TPU_CASES, Case
+from tests.pallas_kernels.linear.cases import ONE, STATE, TPU_CASES, Case, equal_keys, of_rows
 from tests.sharding import mesh, place
 from tests.tpu import interpreted
 
@@ -90,31 +90,16 @@ def test_heads_in_several_steps_of_the_grid():
 
 
 def test_equal_keys_by_the_delta_rule_in_bfloat16():
-    """The system of equations that a chunk solves is as far from regular as it can be."""
     case = Case(200, **ONE, decay=None, beta=True)
-    arrays = case.arrays(jnp.bfloat16)
-    key = np.zeros(8)
-    key[[0, 2]] = 0.6, 0.8
-    arrays["key"] = jnp.broadcast_to(jnp.bfloat16(key), arrays["key"].shape)
-    arrays["beta"] = jnp.ones_like(arrays["beta"])
+    arrays = equal_keys(case)
     _check(_kernel(case, arrays), case.defined(arrays), jnp.bfloat16)
 
 
 def test_under_vmap():
-    """Each row has its own decays."""
     case = Case(256, 1, 2, 2)
-    arrays = case.arrays(np.float32)
-    decays = jnp.float32([[-0.3, -0.1], [-1, 0]])
-
-    def gradients(implementation):
-        def differentiated(log_decay):
-            return case.differentiated(arrays | {"log_decay": log_decay}, implementation)
-
-        return jax.jit(jax.vmap(differentiated))(decays)
-
     with interpreted():
-        actual = jax.block_until_ready(gradients("pallas_tpu"))
-    assert_close(actual, gradients("reference"), factor=4)
+        actual = of_rows(case, "pallas_tpu")
+    assert_close(actual, of_rows(case, "reference"), factor=4)
 
 
 def test_sharded():
