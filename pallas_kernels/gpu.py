@@ -6,6 +6,7 @@ memory (GMEM) to shared memory (SMEM), from which the matrix units read.
 
 import contextlib
 import contextvars
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -188,10 +189,11 @@ def _issue(total: Any, a: Parts, b: Parts) -> None:
 
 
 def _pairs(a: Parts, b: Parts) -> list[tuple[Any, Any]]:
-    """Returns what is to be multiplied: the product of the small parts is below 16 bits."""
-    if len(a) == 1:
-        return [(a[0], b[0])]
-    return [(a[1], b[0]), (a[0], b[1]), (a[0], b[0])]
+    """Returns what is to be multiplied, the smallest first, but for what is below the last part."""
+    places = itertools.product(reversed(range(len(a))), range(len(b)))
+    count = max(len(a), len(b))
+    places = sorted((place for place in places if sum(place) < count), key=sum, reverse=True)
+    return [(a[i], b[j]) for i, j in places]
 
 
 def _defined(a: Parts, b: Parts) -> Array:

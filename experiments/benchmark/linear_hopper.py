@@ -13,8 +13,8 @@ KERNELS = {
     "lightning": ALL_SIZES,
     "gate per step": ONE_SIZE,
     "gate per channel (GLA)": ONE_SIZE,
-    "gated delta rule (gated DeltaNet)": ALL_SIZES,
-    "gated delta rule per channel (KDA)": ONE_SIZE,
+    "gated delta rule (gated DeltaNet)": ONE_SIZE,
+    "gated delta rule per channel (KDA)": (128, 256),
 }
 """Variants that need kernels of their own, and the head dimensions that show how they scale."""
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.linear import products
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
-from pallas_kernels.linear.inputs import Inputs, Options
+from pallas_kernels.linear.inputs import GRID, LOWEST, Inputs, Options
 from pallas_kernels.tpu import padded
 
 PROCESSORS = 132
@@ -101,6 +101,22 @@ def begun(given: Walk, logs: Array | None, spans: Spans, name: str) -> Walk:
     parts = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (decays, added))
     _, begins = jax.lax.scan(step, given.memory[:, 0], parts, reverse=given.reverse)
     return given._replace(memory=jnp.moveaxis(begins, 0, 1))
+
+
+def numbers(logs: Float[Array, "B T M"] | None, *, reverse: bool) -> Float[Array, "B M 4 T"] | None:
+    """Returns what `gpu_walk.NUMBERS` are of logarithms."""
+    if logs is None:
+        return None
+    batch, tokens, memories = logs.shape
+    logs = jnp.swapaxes(jnp.maximum(logs, LOWEST), 1, 2).reshape(batch, memories, -1, CHUNK)
+    coarse = jnp.round(logs * GRID) / GRID
+    coarse, fine = (jnp.cumsum(part, axis=-1) for part in (coarse, logs - coarse))
+    after = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
+    since, until = jnp.exp(coarse + fine), jnp.exp(after)
+    if reverse:
+        since, until = until, since
+    numbers = jnp.stack([coarse, fine, since, until], axis=2)
+    return numbers.reshape(batch, memories, 4, tokens)
 
 
 def _decays_of_spans(

@@ -9,7 +9,6 @@ of the blocks of s tokens and C what joins pairs of them, X - X C X is that of t
 """
 
 import functools
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,17 +21,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels import gpu
-from pallas_kernels.linear import gpu_scalar
 from pallas_kernels.linear.gpu_walk import CHUNK, NUMBERS
+from pallas_kernels.linear.inputs import LOWEST
 
 SQUARE = (CHUNK, CHUNK)
 """Tokens and features, or tokens and tokens: the tiles of all products."""
 
 LEVELS = 6
 """Sizes of blocks: 1, 2, ..., 32."""
-
-EXACT_LEVELS = 3
-"""Those for which scores among keys have 16 bits; what is farther apart counts for less."""
 
 
 class Plan(NamedTuple):
@@ -151,12 +147,12 @@ class Chunks:
         def erase(slot: Array, tile: Array, carry: list[Array]) -> list[Array]:
             keys = self.loaded("key", slot)
             keys = self.put(keys * self.since(step, slot), plan.fine, 2)
-            self.write("erase", _product(weights, keys), step, tile)
+            self.write("erase", gpu.product(weights, keys), step, tile)
             return carry
 
         def value(slot: Array, tile: Array, carry: list[Array]) -> list[Array]:
             values = self.operand("query", slot)
-            self.write("value", _product(weights, values), step, tile)
+            self.write("value", gpu.product(weights, values), step, tile)
             return carry
 
         self.each(plan.features, erase, first + plan.features, [])
@@ -195,7 +191,8 @@ class Chunks:
         queries = _cut(self.loaded("query", slot), 2) if exact else [query]
         left = [queries, keys][: len(scores)]
         scores = [
-            _product(x, gpu.transposed(keys), total) for x, total in zip(left, scores, strict=True)
+            gpu.accumulated(total, x, gpu.transposed(keys))
+            for x, total in zip(left, scores, strict=True)
         ]
         if "numbers" in self.arguments:
             for name, source, decay in (("reader", "query", "since"), ("writer", "key", "until")):
@@ -211,27 +208,26 @@ class Chunks:
         self.cut_logs(slot)
         self.write_decays(step, tile)
 
-        def level(parts: int, i: Array, scores: list[Array]) -> list[Array]:
+        # Where keys are alike, what is erased comes down to how they differ.
+        parts = 2 if plan.delta else plan.parts
+
+        def level(i: Array, scores: list[Array]) -> list[Array]:
             size = jnp.left_shift(jnp.int32(1), i)
             decay = jnp.exp(self.sums(_block(size)))
             keys = self.put(self.loaded("key", slot) * decay, plan.fine, parts)
             queries = _cut(self.loaded("query", slot) * decay, plan.parts)
             pairs = [(queries, keys[: plan.parts]), (keys, keys)]
             return [
-                total + jnp.where(_joined(size), _product(left, gpu.transposed(right)), 0)
+                total + jnp.where(_joined(size), gpu.product(left, gpu.transposed(right)), 0)
                 for (left, right), total in zip(pairs, scores, strict=False)
             ]
 
-        first = 0
-        if plan.delta and not plan.exact:
-            # Where keys are alike, what is erased comes down to how they differ.
-            first = EXACT_LEVELS
-            scores = lax.fori_loop(0, first, functools.partial(level, 2), scores)
-        scores = lax.fori_loop(first, LEVELS, functools.partial(level, plan.parts), scores)
+        scores = lax.fori_loop(0, LEVELS, level, scores)
         since = jnp.exp(self.sums(_prefix()))
         self.write("reader", self.loaded("query", slot) * since, step, tile)
         until = jnp.exp(self.sums(_suffix()))
         self.write("writer", self.loaded("key", slot) * until, step, tile)
+        # Last, as else what is loaded would stay in registers.
         same = jnp.sum(self.loaded("query", slot) * self.loaded("key", slot), axis=1)
         same = jnp.where(_diagonal(), gpu.across(same, SQUARE), 0)
         scores[0] = scores[0] + same
@@ -239,18 +235,18 @@ class Chunks:
 
     def cut_logs(self, slot: Array) -> None:
         """Puts the parts of logarithms where the matrix units can read them."""
-        logs = jnp.maximum(self.loaded("logs", slot), gpu_scalar.LOWEST)
+        logs = jnp.maximum(self.loaded("logs", slot), LOWEST)
         self.put(logs, 0, self.plan.fine)
 
     def sums(self, which: Array) -> Array:
         """Returns sums of logarithms, for each row of those of some tokens."""
-        return _product([_where(which)], self.own("tiles")[: self.plan.fine])
+        return gpu.product([_where(which)], self.own("tiles")[: self.plan.fine])
 
     def write_decays(self, step: Array, tile: Array) -> None:
         """Writes the decays of the chunk: features are rows, as no sums of rows are safe."""
         # Those of the layout go through SMEM that both warpgroups would use at the same time.
         logs = self.own("tiles")[: self.plan.fine]
-        sums = _product(gpu.transposed(logs), [self.own("ones")])
+        sums = gpu.product(gpu.transposed(logs), [self.own("ones")])
         decays = jnp.exp(jnp.max(sums, axis=1))
         columns = pl.ds(tile * gpu.FEATURES, gpu.FEATURES)
         at = self.batch, self.first + step, self.memory, columns
@@ -295,8 +291,10 @@ class Chunks:
             size = jnp.left_shift(jnp.int32(1), i)
             parts = self.put(inverse, 2, 2)
             # Blocks of the inverse are on the diagonal: they keep what joins pairs where it is.
-            cross = jnp.where(_joined(size), _product(_cut(inverse, 2), self.own("tiles")[:2]), 0)
-            return inverse - _product(_cut(cross, 2), parts)
+            cross = jnp.where(
+                _joined(size), gpu.product(_cut(inverse, 2), self.own("tiles")[:2]), 0
+            )
+            return inverse - gpu.product(_cut(cross, 2), parts)
 
         return lax.fori_loop(1, LEVELS, level, first)
 
@@ -332,17 +330,6 @@ def _cut(x: Array, count: int) -> list[Array]:
         parts.append(x.astype(jnp.bfloat16))
         x = x - parts[-1].astype(jnp.float32)
     return parts
-
-
-def _product(a: gpu.Parts, b: gpu.Parts, total: Array | None = None) -> Array:
-    """Returns a @ b, added to a total if there is one, of any numbers of parts."""
-    if len(a) == len(b):
-        return gpu.product(a, b) if total is None else gpu.accumulated(total, a, b)
-    pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if i + j < max(len(a), len(b))]
-    for i, j in sorted(pairs, key=sum, reverse=True):
-        pair = [a[i]], [b[j]]
-        total = gpu.product(*pair) if total is None else gpu.accumulated(total, *pair)
-    return total
 
 
 def _rows() -> Array:

@@ -1,6 +1,6 @@
 """Linear attention on Hopper GPUs by the delta rule, or with a decay for each row of the memory.
 
-XLA prepares all chunks at the same time: what reads and writes the memory with its decays, scores
+All chunks are prepared at the same time: what reads and writes the memory with its decays, scores
 and, for the delta rule, the corrections as if the memory before a chunk were 0, and what is read
 of it by them: with the beta_t k_t scaled keys and L their strictly lower scores among keys,
 
@@ -11,7 +11,6 @@ gradient after it; the rest is products of matrices, of all chunks at the same t
 """
 
 from collections.abc import Collection
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +18,14 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.linear import blocks
 from pallas_kernels.linear.gpu_call import Call, begun, product
+from pallas_kernels.linear.gpu_prepare import Prepared, prepare
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
 from pallas_kernels.linear.inputs import finite
 
 
-class Prepared(NamedTuple):
-    """What is prepared of chunks, for each memory; decays are float32."""
-
-    reader: Float[Array, "B T M F"]
-    writer: Float[Array, "B T M F"]
-    scores: Float[Array, "B T M C"]
-    value: Float[Array, "B T M V"]
-    decays: Float[Array, "B chunks M F"]
-    erase: Float[Array, "B T M F"] | None
-
-
 def forward(call: Call, *, keep: bool) -> tuple[Array, Array, Array | None]:
     """Returns the outputs, the last state and, if asked for, those to keep."""
-    x = prepared(call)
+    x = prepare(call)
     given = _walk(call, x)._replace(
         scores=x.scores,
         keep=call.spans.kept if keep else 0,

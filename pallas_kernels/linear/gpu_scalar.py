@@ -15,17 +15,17 @@ from collections.abc import Collection
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.linear.gpu_call import Call, begun, transposed
+from pallas_kernels.linear.gpu_call import Call, begun, numbers, transposed
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
-from pallas_kernels.linear.inputs import GRID, LOWEST
+from pallas_kernels.linear.inputs import LOWEST
 
 
 def forward(call: Call, *, keep: bool) -> tuple[Array, Array, Array | None]:
     """Returns the outputs, the last state and, if asked for, those to keep."""
-    logs = _finite(call.logs)
+    logs = call.logs
     given = Walk(
         *(call.key, call.value, call.memory[:, None]),
-        numbers=_numbers(logs, reverse=False),
+        numbers=numbers(logs, reverse=False),
         scale=call.scale,
         out_dtype=call.out_dtype,
         dtype=call.dtype,
@@ -52,11 +52,11 @@ def backward(
       d_out: of the outputs as they are before `call.scale`.
       d_memory: of the last state.
     """
-    decays, spans, logs = "logs" in names, call.spans, _finite(call.logs)
+    decays, spans, logs = "logs" in names, call.spans, call.logs
     out_dtype, keep = (jnp.float32, 1) if decays else (call.out_dtype, 0)
     back = Walk(
         *(call.query, d_out, d_memory[:, None]),
-        numbers=_numbers(logs, reverse=True),
+        numbers=numbers(logs, reverse=True),
         reverse=True,
         out_dtype=out_dtype,
         dtype=call.dtype,
@@ -67,7 +67,7 @@ def backward(
         given = Walk(
             *(call.value, call.key, transposed(spans.starts(kept)).astype(jnp.float32)),
             reader=d_out,
-            numbers=_numbers(logs, reverse=False),
+            numbers=numbers(logs, reverse=False),
             span=spans.span,
             keep=keep,
             out_dtype=out_dtype,
@@ -95,28 +95,6 @@ def backward(
         walked = walk(back._replace(reader=call.key), "linear_backward_value")
         gradients["value"], gradients["memory"] = walked.out, walked.memory[:, 0]
     return {name: gradients[name] for name in names}
-
-
-def _finite(logs: Array | None) -> Array | None:
-    return None if logs is None else jnp.maximum(logs, LOWEST)
-
-
-def _numbers(
-    logs: Float[Array, "B T M"] | None, *, reverse: bool
-) -> Float[Array, "B M 4 T"] | None:
-    """Returns what `gpu_walk.NUMBERS` are of logarithms, none of which is below `LOWEST`."""
-    if logs is None:
-        return None
-    batch, tokens, memories = logs.shape
-    logs = jnp.swapaxes(logs, 1, 2).reshape(batch, memories, -1, CHUNK)
-    coarse = jnp.round(logs * GRID) / GRID
-    coarse, fine = (jnp.cumsum(part, axis=-1) for part in (coarse, logs - coarse))
-    after = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
-    since, until = jnp.exp(coarse + fine), jnp.exp(after)
-    if reverse:
-        since, until = until, since
-    numbers = jnp.stack([coarse, fine, since, until], axis=2)
-    return numbers.reshape(batch, memories, 4, tokens)
 
 
 def _dots(rows: Float[Array, "B T N F"], gradients: Float[Array, "B T M F"]) -> Array:

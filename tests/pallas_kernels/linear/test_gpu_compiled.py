@@ -28,7 +28,8 @@ def _expected(name):
         return ["linear_sum"] * 2
     again = ["linear_forward"] * any(x in name for x in ("elu", "taylor, bf", "add to", "relu"))
     if any(x in name for x in ("delta", "channel")):
-        return [*again, "linear_forward", "linear_states", "linear_states_gradient"]
+        walks = ["linear_states", "linear_states_gradient"]
+        return [*again, "linear_forward", "linear_prepare", *walks]
     walks = [f"linear_backward_{array}" for array in ("key", "query", "value")]
     return [*walks, *again, "linear_forward"]
 
@@ -43,7 +44,7 @@ def test_kernels(name):
     for kernel in kernels:
         assert kernel.wgmma and kernel.bulk_copies and not kernel.serialized
         if name in linear_hopper.cases():
-            assert kernel.loops in ("copies, wgmma", "copies, wgmma and copies")
+            assert {*kernel.loops.split(", ")} <= {"copies", "wgmma", "wgmma and copies"}
 
 
 def test_nothing_spills():
