@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import choose, partition
 from pallas_kernels.checks import segment_begins
-from pallas_kernels.scan import reference, tpu, xla
+from pallas_kernels.scan import gpu, reference, tpu, xla
 from pallas_kernels.scan.inputs import (
     Gated,
     Inputs,
@@ -48,9 +48,9 @@ from pallas_kernels.scan.inputs import (
 
 __all__ = ["ScanState", "SoftmaxState", "gated_scan", "selective_scan", "softmax_scan"]
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference, "pallas_tpu": tpu}
+IMPLEMENTATIONS = {"xla": xla, "reference": reference, "pallas_tpu": tpu, "pallas_gpu": gpu}
 
-KERNELS = {"tpu": "pallas_tpu"}
+KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 """The implementation that has the kernels for a platform."""
 
 CHUNK_SIZE = 128

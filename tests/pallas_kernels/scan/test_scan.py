@@ -259,11 +259,11 @@ WRONG = {
         ValueError,
         "gated_scan: implementation .*reference.*'cuda'",
     ),
-    "kernel that is not there": (
+    "kernel that does not serve it": (
         gated_scan,
-        dict(implementation="pallas_gpu"),
+        dict(implementation="pallas_tpu", chunk_size=100),
         NotImplementedError,
-        "gated_scan: implementation 'pallas_gpu'",
+        "gated_scan: implementation 'pallas_tpu'",
     ),
     "transposed rates": (
         selective_scan,
