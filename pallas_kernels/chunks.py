@@ -1,9 +1,10 @@
-"""Loops over chunks of tokens, which all but the last have one size."""
+"""Chunks of tokens: loops over them, all but the last of one size, and how they are joined."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import Array
 
 
 class Part(NamedTuple):
@@ -32,3 +33,21 @@ def chunk_loop(
         return step(last - n if backwards else part.first + n, carry)
 
     return body(0, carry) if part.count == 1 else jax.lax.fori_loop(0, part.count, body, carry)
+
+
+def joined(decay: Array, added: Array, first: Array, *, reverse: bool = False) -> Array:
+    """Returns what a memory is after each of some chunks, given what it is before the first.
+
+    Args:
+      decay: what is left of it after a chunk, [B, chunks, ...].
+      added: what is added to it in a chunk, likewise.
+      first: what it is before the first chunk, [B, ...], or after the last if `reverse`.
+      reverse: whether to go from the last chunk to the first.
+    """
+    at = -1 if reverse else 0
+    added = added.at[:, at].add(decay[:, at] * first)
+
+    def combine(one: tuple[Array, Array], then: tuple[Array, Array]) -> tuple[Array, Array]:
+        return one[0] * then[0], then[0] * one[1] + then[1]
+
+    return jax.lax.associative_scan(combine, (decay, added), axis=1, reverse=reverse)[1]

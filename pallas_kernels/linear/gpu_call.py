@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.chunks import joined
 from pallas_kernels.linear import products
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
 from pallas_kernels.linear.inputs import GRID, LOWEST, Inputs, Options
@@ -15,7 +16,7 @@ from pallas_kernels.tpu import padded
 PROCESSORS = 132
 """Of a Hopper GPU, of which each has a block of a walk at a time."""
 
-SHORTEST = 32
+SHORTEST = 16
 """Chunks that a span has at least, as to find what it begins with takes half as long again."""
 
 
@@ -92,15 +93,10 @@ def begun(given: Walk, logs: Array | None, spans: Spans, name: str) -> Walk:
     zeros = jnp.zeros_like(given.memory, shape=(batch, spans.count, *shape))
     given = given._replace(span=spans.span)
     added = walk(given._replace(memory=zeros, reader=None, keep=0), name).memory
-    decays = _decays_of_spans(logs, spans, added)
-
-    def step(memory: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
-        decay, more = part
-        return decay * memory + more, memory
-
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (decays, added))
-    _, begins = jax.lax.scan(step, given.memory[:, 0], parts, reverse=given.reverse)
-    return given._replace(memory=jnp.moveaxis(begins, 0, 1))
+    decays, first = _decays_of_spans(logs, spans, added), given.memory
+    after = joined(decays, added, first[:, 0], reverse=given.reverse)
+    begins = (after[:, 1:], first) if given.reverse else (first, after[:, :-1])
+    return given._replace(memory=jnp.concatenate(begins, axis=1))
 
 
 def numbers(logs: Float[Array, "B T M"] | None, *, reverse: bool) -> Float[Array, "B M 4 T"] | None:

@@ -5,10 +5,10 @@ import math
 from operator import add
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.chunks import joined
 from pallas_kernels.scan import gpu_rows
 from pallas_kernels.scan.gpu_rows import Scan, State, channels, state_of
 from pallas_kernels.scan.gpu_tiles import BEGINS, Columns, Tiling, rows_of, where
@@ -92,14 +92,7 @@ def _joined(tiling: Tiling, ends: Array, first: Array, *, reverse: bool = False)
       reverse: whether to go backwards.
     """
     ends = ends.reshape(tiling.batch, tiling.chunks, 2, 1, tiling.channels)
-    added, decay = ends[:, :, 0], jnp.exp(ends[:, :, 1])
-    at = -1 if reverse else 0
-    added = added.at[:, at].add(decay[:, at] * first)
-
-    def combine(one: tuple[Array, Array], then: tuple[Array, Array]) -> tuple[Array, Array]:
-        return one[0] * then[0], then[0] * one[1] + then[1]
-
-    return jax.lax.associative_scan(combine, (decay, added), axis=1, reverse=reverse)[1]
+    return joined(jnp.exp(ends[:, :, 1]), ends[:, :, 0], first, reverse=reverse)
 
 
 def _ends(x: Inputs) -> Scan:
