@@ -7,25 +7,26 @@ from experiments.compile_report import Case
 
 TOKENS, HEADS = 2048, 2
 
-ALL_SIZES, ONE_SIZE = (64, 128, 256), (128,)
+BOTH = (("bfloat16", 128), ("float32", 128))
 
 KERNELS = {
-    "lightning": ALL_SIZES,
-    "gate per step": ONE_SIZE,
-    "gate per channel (GLA)": ONE_SIZE,
-    "gated delta rule (gated DeltaNet)": ONE_SIZE,
-    "gated delta rule per channel (KDA)": (128, 256),
+    "lightning": (("bfloat16", 64), ("bfloat16", 256), *BOTH),
+    "gate per step": BOTH,
+    "gate per channel (GLA)": BOTH,
+    "gated delta rule (gated DeltaNet)": BOTH,
+    "gated delta rule per channel (KDA)": (("bfloat16", 256), *BOTH),
+    "momentum and delta rule (Titans)": (("bfloat16", 128), ("float32", 64)),
 }
-"""Variants that need kernels of their own, and the head dimensions that show how they scale."""
+"""Variants that need kernels of their own, and the dtypes and head dimensions that are shown."""
 
 
 def cases() -> dict[str, Case]:
     """Returns the cases, each of which has the forward and the backward kernels."""
     found = {}
-    for i, (name, sizes) in enumerate(KERNELS.items()):
+    for i, (name, shown) in enumerate(KERNELS.items()):
         # A process compiles a kernel once, which would then be in the first case alone.
         tokens = TOKENS + 64 * i
-        for dtype, features in (*(("bfloat16", size) for size in sizes), ("float32", 128)):
+        for dtype, features in shown:
             inputs = VARIANTS[name].inputs(tokens, HEADS, features, dtype)
             function = VARIANTS[name].function("gradient", [*inputs], HEADS, "pallas_gpu")
             found[f"{name}, {dtype}, {features} features"] = Case(function, (*inputs.values(),))

@@ -30,7 +30,7 @@ MOST_FEATURES, MOST_FEATURES_FLOAT32 = 256, 192
 COUNTS = 2
 """Values of 1 that count keys where outputs are divided by sums of weights: see `backward`."""
 
-_FIELDS = {"log_decay": "logs", "key_sum": "memory"}
+_FIELDS = {"log_decay": "logs", "key_sum": "memory", "momentum": "memory"}
 """Where inputs are in a `Call`, if not under their own names."""
 
 
@@ -40,15 +40,18 @@ def supports(*, options: Options, inputs: Inputs) -> str | None:
         return "it does not compute in float64"
     if not options.causal and inputs.runs is not None:
         return "it has no segments if causal is False"
-    if inputs.log_momentum is not None:
-        return "it has no momentum"
     if options.kept % CHUNK:
         return f"chunk_size must divide 256 or be a multiple of {CHUNK}; got {options.chunk_size}"
     exact = inputs.precision == jnp.float32
     most = MOST_FEATURES_FLOAT32 if exact else MOST_FEATURES
-    normalised = options.epsilon is not None
+    normalised, momentum = options.epsilon is not None, inputs.log_momentum is not None
     sizes = {
-        "features": (features.count(options.feature_map, inputs.query.shape[3]), most, ""),
+        "features": (
+            features.count(options.feature_map, inputs.query.shape[3]),
+            # Two memories, of whole 64 rows.
+            most // 2 // gpu.FEATURES * gpu.FEATURES if momentum else most,
+            " with momentum" * momentum,
+        ),
         "values": (
             inputs.value.shape[3],
             most - COUNTS * normalised,
@@ -79,7 +82,7 @@ def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Array, ...]:
     if options.epsilon is not None:
         out = options.scale * out[..., :-COUNTS] / (out[..., -COUNTS:][..., :1] + options.epsilon)
     states = (memory, kept) if keep else (memory,)
-    return out.astype(x.query.dtype), *(part for s in states for part in _unpacked(options, s))
+    return out.astype(x.query.dtype), *(part for s in states for part in _unpacked(options, x, s))
 
 
 def backward(options: Options, names: Sequence[str], *arguments: Array | None) -> tuple[Array, ...]:
@@ -108,11 +111,12 @@ def backward(options: Options, names: Sequence[str], *arguments: Array | None) -
         # Much of it cancels what is of the values, so that it is as exact as two numbers are.
         high = d_weights.astype(jnp.bfloat16).astype(jnp.float32)
         d_out = jnp.concatenate([d_out, high, d_weights - high], axis=-1)
-        d_memory = d_memory[0], jnp.stack([d_memory[1], jnp.zeros_like(d_memory[1])], axis=-1)
+        d_counts = jnp.stack([d_memory[1], jnp.zeros_like(d_memory[1])], axis=-1)
+        d_memory = jnp.concatenate([d_memory[0], d_counts], axis=-1)
     else:
         d_out = options.scale * d_out.astype(jnp.float32)
+        d_memory = _packed(options, d_memory)
     d_out = padded(d_out.astype(x.precision), 1, call.query.shape[1])
-    d_memory = jnp.concatenate(d_memory, axis=-1)
     gradients = _walks(options, x).backward(call, wanted, _packed(options, kept), d_out, d_memory)
     gradients = {name: _folded(gradient, found[name]) for name, gradient in gradients.items()}
     gradients = pull(gradients)[0]
@@ -124,7 +128,8 @@ def _walks(options: Options, x: Inputs) -> Any:
     if not options.causal:
         return gpu_noncausal
     by_row = x.log_decay is not None and x.log_decay.ndim == 4
-    return gpu_prepared if by_row or x.beta is not None else gpu_scalar
+    others = x.beta is not None or x.log_momentum is not None
+    return gpu_prepared if by_row or others else gpu_scalar
 
 
 def _call(options: Options, x: Inputs, arrays: dict[str, Array], out_dtype: DTypeLike) -> Call:
@@ -135,6 +140,7 @@ def _call(options: Options, x: Inputs, arrays: dict[str, Array], out_dtype: DTyp
         scale=options.scale if options.epsilon is None else 1.0,
         dtype=x.precision,
         out_dtype=out_dtype,
+        count=x.query.shape[1],
     )
 
 
@@ -146,6 +152,8 @@ def _arrays(options: Options, x: Inputs, *, by_token: bool = False) -> dict[str,
     def mapped(array: Array) -> Array:
         if options.feature_map is not None:
             array = features.mapped(options.feature_map, array.astype(jnp.float32))
+        if x.log_momentum is not None:
+            array = padded(array, 3, gpu.whole(array.shape[3]))
         return array.astype(x.precision)
 
     logs, value = x.log_decay, x.value.astype(x.precision)
@@ -158,9 +166,15 @@ def _arrays(options: Options, x: Inputs, *, by_token: bool = False) -> dict[str,
             logs = logs if logs.ndim > 2 else jnp.broadcast_to(logs[:, None], shape)
         else:
             logs = jnp.broadcast_to(logs[:, None], (logs.shape[0], CHUNK, x.heads))
+    begins, momentum = None, x.log_momentum
     if x.runs is not None:
         begins = jnp.diff(x.runs, axis=1, prepend=x.runs[:, :1]) != 0
         logs = jnp.where(begins.reshape(*begins.shape, *(1,) * (logs.ndim - 2)), -jnp.inf, logs)
+    if momentum is not None:
+        if begins is not None:
+            momentum = jnp.where(begins[..., None], -jnp.inf, momentum)
+            begins = padded(begins, 1, tokens)
+        momentum = padded(finite(momentum.astype(jnp.float32)), 1, tokens)
     if logs is not None:
         logs = finite(logs.astype(jnp.float32))
         logs = logs if logs.shape[1] == CHUNK else padded(logs, 1, tokens)
@@ -174,20 +188,27 @@ def _arrays(options: Options, x: Inputs, *, by_token: bool = False) -> dict[str,
         "logs": logs,
         "beta": None if x.beta is None else padded(x.beta.astype(jnp.float32), 1, tokens),
         "memory": _packed(options, tuple(x.initial_state(options).values())),
+        "log_momentum": momentum,
+        "begins": None if momentum is None else begins,
     }
 
 
 def _packed(options: Options, state: Sequence[Array]) -> Float[Array, "*lead F V"]:
-    """Returns the memory, with the sum of keys in more columns."""
+    """Returns the memory, with the sum of keys in more columns, or momentum in more rows."""
     if options.epsilon is None:
-        return state[0]
+        if len(state) == 1:
+            return state[0]
+        rows = gpu.whole(state[0].shape[-2])
+        return jnp.concatenate([padded(part, part.ndim - 2, rows) for part in state], axis=-2)
     return jnp.concatenate([state[0], *(state[1][..., None],) * COUNTS], axis=-1)
 
 
-def _unpacked(options: Options, memory: Float[Array, "*lead F V"]) -> tuple[Array, ...]:
+def _unpacked(options: Options, x: Inputs, memory: Float[Array, "*lead F V"]) -> tuple[Array, ...]:
     """Is the inverse of `_packed`."""
     if options.epsilon is None:
-        return (memory,)
+        parts = jnp.split(memory, 2, axis=-2) if x.log_momentum is not None else (memory,)
+        rows = features.count(options.feature_map, x.query.shape[3])
+        return tuple(part[..., :rows, :] for part in parts)
     return memory[..., :-COUNTS], memory[..., -COUNTS]
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.chunks import joined
 from pallas_kernels.linear import products
@@ -69,6 +69,12 @@ class Call(NamedTuple):
     dtype: DTypeLike
     """Of products, and of the states that are kept."""
     out_dtype: DTypeLike
+    count: int
+    """Tokens but for what fills up the last chunk."""
+    log_momentum: Float[Array, "B T M"] | None = None
+    """With it, a memory is two, one above the other, each of whole 64 rows."""
+    begins: Bool[Array, "B T"] | None = None
+    """Which tokens begin a segment, where there is momentum."""
 
     @property
     def memories(self) -> int:
@@ -137,6 +143,18 @@ def product(equation: str, left: Array, right: Array) -> Array:
     exact = left.dtype == right.dtype == jnp.float32
     with jax.default_matmul_precision("highest" if exact else "default"):
         return products.product(equation, left, right)
+
+
+def in_chunks(array: Float[Array, "B T M F"]) -> Float[Array, "B chunks M C F"]:
+    """Returns the matrix of every chunk and memory."""
+    batch, _, memories, size = array.shape
+    return jnp.swapaxes(array.reshape(batch, -1, CHUNK, memories, size), 2, 3)
+
+
+def of_tokens(array: Float[Array, "B chunks M C F"]) -> Float[Array, "B T M F"]:
+    """Is the inverse of `in_chunks`."""
+    array = jnp.swapaxes(array, 2, 3)
+    return array.reshape(array.shape[0], -1, *array.shape[3:])
 
 
 def transposed(memory: Array) -> Array:

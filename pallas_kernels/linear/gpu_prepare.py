@@ -32,8 +32,10 @@ class Prepared(NamedTuple):
     writer: Float[Array, "B T M F"]
     scores: Float[Array, "B T M C"]
     value: Float[Array, "B T M V"]
-    decays: Float[Array, "B chunks M F"]
+    decays: Float[Array, "B chunks M F"] | None
     erase: Float[Array, "B T M F"] | None
+    mixing: Float[Array, "B chunks M 3"] | None = None
+    """Instead of decays, for momentum."""
 
 
 def prepare(call: Call) -> Prepared:

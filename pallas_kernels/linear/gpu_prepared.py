@@ -1,4 +1,4 @@
-"""Linear attention on Hopper GPUs by the delta rule, or with a decay for each row of the memory.
+"""Linear attention on Hopper GPUs by the delta rule, with a decay for each row, or with momentum.
 
 All chunks are prepared at the same time: what reads and writes the memory with its decays, scores
 and, for the delta rule, the corrections as if the memory before a chunk were 0, and what is read
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.linear import blocks
-from pallas_kernels.linear.gpu_call import Call, begun, product
+from pallas_kernels.linear import blocks, gpu_momentum
+from pallas_kernels.linear.gpu_call import Call, begun, in_chunks, of_tokens, product
 from pallas_kernels.linear.gpu_prepare import Prepared, prepare
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
 from pallas_kernels.linear.inputs import finite
@@ -25,7 +25,7 @@ from pallas_kernels.linear.inputs import finite
 
 def forward(call: Call, *, keep: bool) -> tuple[Array, Array, Array | None]:
     """Returns the outputs, the last state and, if asked for, those to keep."""
-    x = prepare(call)
+    x = prepare(call) if call.log_momentum is None else gpu_momentum.prepared(call)
     given = _walk(call, x)._replace(
         scores=x.scores,
         keep=call.spans.kept if keep else 0,
@@ -40,13 +40,21 @@ def _walk(call: Call, x: Prepared) -> Walk:
     """Returns the walk through the memory."""
     given = Walk(
         *(x.writer, x.value, call.memory[:, None]),
-        erase=x.erase,
-        decays=x.decays,
+        **_decays(x),
         correct=x.erase is not None,
         dtype=call.dtype,
     )
-    # What the delta rule adds depends on what was there.
-    return given if x.erase is not None else begun(given, call.logs, call.spans, "linear_state")
+    return begun(given, call.logs, call.spans, "linear_state") if _has_spans(x) else given
+
+
+def _decays(x: Prepared) -> dict[str, Array | None]:
+    """Returns how a memory changes by itself, as arguments of a walk."""
+    return {"erase": x.erase, "decays": x.decays, "mixing": x.mixing}
+
+
+def _has_spans(x: Prepared) -> bool:
+    """Returns whether spans may be joined: what the delta rule adds depends on what was there."""
+    return x.erase is None and x.mixing is None
 
 
 def backward(
@@ -58,12 +66,12 @@ def backward(
 ) -> dict[str, Array]:
     """Returns gradients by name, see `gpu_scalar.backward`."""
     arrays = {name: getattr(call, name) for name in names if name != "memory"}
-    x, pull = jax.vjp(lambda arrays: prepared(call._replace(**arrays)), arrays)
+    of_call = prepared if call.log_momentum is None else gpu_momentum.prepared
+    x, pull = jax.vjp(lambda arrays: of_call(call._replace(**arrays)), arrays)
     spans, delta = call.spans, x.erase is not None
     given = Walk(
         *(x.writer, x.value, spans.starts(kept).astype(jnp.float32)),
-        erase=x.erase,
-        decays=x.decays,
+        **_decays(x),
         span=spans.span,
         keep=1,
         correct=delta,
@@ -73,13 +81,12 @@ def backward(
     memory, value = walked.kept, walked.corrected if delta else x.value
     back = Walk(
         *(x.reader, d_out, d_memory[:, None]),
-        erase=x.erase,
-        decays=x.decays,
+        **_decays(x),
         reverse=True,
         out_dtype=call.dtype,
         dtype=call.dtype,
     )
-    if not delta:
+    if _has_spans(x):
         back = begun(back, call.logs, spans, "linear_state_gradient")
     back = back._replace(reader=x.writer, scores=x.scores, keep=1)
     walked = walk(back, "linear_states_gradient")
@@ -91,12 +98,26 @@ def backward(
         writer=of_tokens(product("bcniv,bcnfv->bcnif", value, d_after)),
         scores=of_tokens(product("bcniv,bcnjv->bcnij", d_out, value)),
         value=d_value,
-        decays=jnp.sum(memory.astype(jnp.float32) * d_after.astype(jnp.float32), axis=-1),
+        decays=None if x.decays is None else _dots(memory, d_after),
+        mixing=None if x.mixing is None else _mixed(memory, d_after),
         erase=of_tokens(-product("bcniv,bcnfv->bcnif", of_value, memory)) if delta else None,
     )
     d_x = jax.tree.map(lambda gradient, array: gradient.astype(array.dtype), d_x, x)
     gradients = pull(d_x)[0] | {"memory": walked.memory[:, 0]}
     return {name: gradients[name] for name in names}
+
+
+def _dots(memory: Array, gradient: Array) -> Array:
+    return jnp.sum(memory.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
+
+
+def _mixed(memory: Array, gradient: Array) -> Float[Array, "B chunks M 3"]:
+    """Returns the gradients of what mixes two memories, one above the other."""
+    (first, second), (of_first, of_second) = (
+        jnp.split(array, 2, axis=-2) for array in (memory, gradient)
+    )
+    pairs = (first, of_first), (second, of_first), (second, of_second)
+    return jnp.stack([jnp.sum(_dots(*pair), axis=-1) for pair in pairs], axis=-1)
 
 
 def prepared(call: Call) -> Prepared:
@@ -139,15 +160,3 @@ def prepared(call: Call) -> Prepared:
         decays=whole,
         erase=erase,
     )
-
-
-def in_chunks(array: Float[Array, "B T M F"]) -> Float[Array, "B chunks M C F"]:
-    """Returns the matrix of every chunk and memory."""
-    batch, _, memories, size = array.shape
-    return jnp.swapaxes(array.reshape(batch, -1, CHUNK, memories, size), 2, 3)
-
-
-def of_tokens(array: Float[Array, "B chunks M C F"]) -> Float[Array, "B T M F"]:
-    """Is the inverse of `in_chunks`."""
-    array = jnp.swapaxes(array, 2, 3)
-    return array.reshape(array.shape[0], -1, *array.shape[3:])

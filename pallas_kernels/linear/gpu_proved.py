@@ -13,6 +13,7 @@ def parts_of(*, options: Options, inputs: Inputs) -> frozenset[str]:
     x, dtype = inputs, jnp.dtype(inputs.query.dtype).name
     decay = "no decay" if x.log_decay is None else DECAYS[x.log_decay.ndim]
     rule = "delta rule" if x.beta is not None else "sums"
+    rule += " with momentum" if x.log_momentum is not None else ""
     sizes = {what: -(-a.shape[3] // 64) * 64 for what, a in (("keys", x.key), ("values", x.value))}
     terms = {
         f"features: {options.feature_map}": options.feature_map is not None,

@@ -38,6 +38,9 @@ that of the logarithms from the beginning of the chunk on; differences of the fi
 REGISTERS, REGISTERS_COPYING = 232, 40
 """As `gpu.REGISTERS`, but there is more to copy."""
 
+MIXING = 32
+"""Numbers to which the three of a mixing are filled up: what the copy engine aligns to."""
+
 MOST_NUMBERS = 8192
 """Numbers of a memory that a warpgroup has in its registers: half of what there are."""
 
@@ -61,6 +64,9 @@ class Walk(NamedTuple):
     """`NUMBERS`, of all tokens or the same in every chunk; None for no decays of this kind."""
     decays: Float[Array, "B chunks M F"] | None = None
     """D for each row of the memory; None for 1, or for what the numbers say."""
+    mixing: Float[Array, "B chunks M 3"] | None = None
+    """Numbers d, m and w where a memory is two, S above U, of F / 2 rows each, a multiple of 64:
+    what is left of them is d S + m U and w U or, in reverse, d S and m S + w U."""
     reverse: bool = False
     keep: int = 0
     """Chunks from one state that is kept to the next; 0 to keep none."""
@@ -101,10 +107,19 @@ class _Plan(NamedTuple):
     """Whether the numbers of all chunks are the same."""
     alone: bool
     """Whether those of all batch rows are."""
+    parts: tuple[int, ...]
+    """Rows of the one memory, or of the two."""
     reverse: bool
     correct: bool
     scale: float
     exact: bool
+
+    @property
+    def rows(self) -> list[Any]:
+        """Returns where in the rows the memories are."""
+        if len(self.parts) == 1:
+            return [slice(None)]
+        return [pl.ds(i * size, size) for i, size in enumerate(self.parts)]
 
 
 def walk(given: Walk, name: str) -> Walked:
@@ -130,6 +145,8 @@ def walk(given: Walk, name: str) -> Walked:
         arrays["numbers"] = given.numbers
     if given.decays is not None:
         arrays["decays"] = jnp.pad(given.decays, ((0, 0),) * 3 + ((0, features - size),))
+    if given.mixing is not None:
+        arrays["decays"] = jnp.pad(given.mixing, ((0, 0),) * 3 + ((0, MIXING - 3),))
     like = functools.partial(result, like=given.writer)
     results = {"memory": like(arrays["memory"].shape, jnp.float32)}
     if given.reader is not None:
@@ -173,6 +190,7 @@ def _plan(given: Walk, arrays: dict[str, Any], features: int, width: int) -> _Pl
         stage = CHUNK * parts * item * (rows + both)
         stage += 4 * len(NUMBERS) * CHUNK if given.numbers is not None else 0
         stage += 4 * features if given.decays is not None else 0
+        stage += 4 * MIXING if given.mixing is not None else 0
         staged = _staged(given, parts)
         fixed = both * parts * item * (features + CHUNK * len(staged))
         if given.reader is not None:
@@ -190,6 +208,7 @@ def _plan(given: Walk, arrays: dict[str, Any], features: int, width: int) -> _Pl
         heads={name: array[0].shape[2] for name, array in arrays.items()},
         same=given.numbers is not None and given.numbers.shape[3] == CHUNK,
         alone=given.numbers is not None and given.numbers.shape[0] == 1,
+        parts=(features,) if given.mixing is None else (features // 2,) * 2,
         reverse=given.reverse,
         correct=given.correct,
         scale=given.scale,
@@ -228,8 +247,9 @@ def _scratch(plan: _Plan, given: Walk, arrays: dict[str, Any], features: int) ->
     if given.numbers is not None:
         scratch["numbers"] = plgpu.SMEM((stages, len(NUMBERS), CHUNK), jnp.float32)
         copies += 1
-    if given.decays is not None:
-        scratch["decays"] = plgpu.SMEM((stages, features), jnp.float32)
+    if given.decays is not None or given.mixing is not None:
+        size = MIXING if given.decays is None else features
+        scratch["decays"] = plgpu.SMEM((stages, size), jnp.float32)
         copies += 1
     if given.reader is not None:
         scratch["out"] = gpu.smem((both, CHUNK, columns), given.out_dtype, columns)
@@ -258,11 +278,18 @@ def _kernel(
     def _() -> None:
         plgpu.set_max_registers(REGISTERS, action="increase")
         columns = step.columns(place["warpgroup"])
-        at = (place["batch"], place["span"], place["memory"], slice(None), columns)
-        memory = plgpu.load(arguments["memory"].at[at], layout=gpu.MATRIX, optimized=False)
-        step.put("state", memory)
+        first, last = (
+            array.at[place["batch"], place["span"], place["memory"]]
+            for array in (arguments["memory"], results["memory"])
+        )
+        memory = [
+            plgpu.load(first.at[rows, columns], layout=gpu.MATRIX, optimized=False)
+            for rows in plan.rows
+        ]
+        step.remember(memory)
         memory = lax.fori_loop(0, step.count, step, memory)
-        gpu.store(results["memory"].at[at], memory)
+        for rows, part in zip(plan.rows, memory, strict=True):
+            gpu.store(last.at[rows, columns], part)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -322,7 +349,7 @@ class _Step:
             source = self.arguments["decays"].at[self.batch, chunk, self.memory]
             plgpu.copy_gmem_to_smem(source, self.scratch["decays"].at[slot], ready)
 
-    def keep(self, step: Array, memory: Array) -> None:
+    def keep(self, step: Array, memory: list[Array]) -> None:
         """Keeps the memory before a chunk, if it is the first of a group as the walk goes."""
         plan, chunk = self.plan, self.chunk(step)
         after = chunk + 1
@@ -331,11 +358,16 @@ class _Step:
 
         @pl.when(first)
         def _() -> None:
-            group, columns = lax.div(chunk, plan.keep), self.columns(self.warpgroup)
-            at = self.batch, group, self.memory, slice(None), columns
-            self.copied("state", memory, at)
+            group = lax.div(chunk, plan.keep)
+            target = self.results["kept"].at[self.batch, group, self.memory]
+            target = target.at[slice(None), self.columns(self.warpgroup)]
+            if not plan.exact:
+                self.copied("state", target)
+                return
+            for rows, part in zip(plan.rows, memory, strict=True):
+                gpu.store(target.at[rows], part)
 
-    def __call__(self, step: Array, memory: Array) -> Array:
+    def __call__(self, step: Array, memory: list[Array]) -> list[Array]:
         """Returns the memory after a chunk."""
         plan, scratch = self.plan, self.scratch
         slot = lax.rem(step, plan.stages)
@@ -349,7 +381,11 @@ class _Step:
             wrong = _loaded(value) - read
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             value = self.put("corrected", wrong)
-            self.copied("corrected", wrong, (*at, self.columns(self.warpgroup)))
+            target = self.results["corrected"].at[(*at, self.columns(self.warpgroup))]
+            if plan.exact:
+                gpu.store(target, wrong)
+            else:
+                self.copied("corrected", target)
         takes = "erase" in self.matrices and not plan.correct
         if "out" in scratch:
             out = self.read(step, slot, here, value)
@@ -361,15 +397,17 @@ class _Step:
             weighed = _loaded(value)
             value = self.put("weighed", weighed * gpu.across(until, weighed.shape))
         memory = self.decayed(slot, memory)
-        memory = gpu.accumulated(memory, gpu.transposed(here("writer")), value)
-        if takes:
-            memory = gpu.accumulated(memory, gpu.transposed(here("erase")), here("taken"))
+        pairs = [("writer", value), ("erase", here("taken"))] if takes else [("writer", value)]
+        for name, right in pairs:
+            for i, rows in enumerate(plan.rows):
+                left = [part.at[slice(None), rows].T for part in here(name)]
+                memory[i] = gpu.accumulated(memory[i], left, right)
         plgpu.commit_smem()
         plgpu.barrier_arrive(scratch["free"].at[slot])
         if plan.keep:
             # The outputs, if there are any, are what was copied last.
             plgpu.wait_smem_to_gmem(int("out" in scratch), wait_read_only=True)
-        self.put("state", memory)
+        self.remember(memory)
         return memory
 
     def here(self, slot: Array | None, name: str) -> list[Any]:
@@ -444,38 +482,46 @@ class _Step:
         target = self.results["out"].at[(*at, self.columns(self.warpgroup))]
         plgpu.copy_smem_to_gmem(staged, target)
 
-    def decayed(self, slot: Array, memory: Array) -> Array:
+    def decayed(self, slot: Array, memory: list[Array]) -> list[Array]:
         """Returns what is left of the memory."""
+        if len(memory) == 2:
+            own, moved, other = (self.scratch["decays"][slot, i] for i in range(3))
+            first, second = memory
+            if self.plan.reverse:
+                return [first * own, second * other + first * moved]
+            return [first * own + second * moved, second * other]
+        (memory,) = memory
         if "numbers" in self.scratch:
             # The decay of the whole chunk; what reads and what writes have changed places.
             name = "until" if self.plan.reverse else "since"
-            return memory * self.scratch["numbers"][slot, NUMBERS.index(name), CHUNK - 1]
+            return [memory * self.scratch["numbers"][slot, NUMBERS.index(name), CHUNK - 1]]
         if "decays" in self.scratch:
             rows = plgpu.load(self.scratch["decays"].at[slot], layout=gpu.OF_ROWS, optimized=False)
-            return memory * gpu.across(rows, memory.shape)
-        return memory
+            return [memory * gpu.across(rows, memory.shape)]
+        return [memory]
 
     def number(self, slot: Array, name: str) -> Array:
         """Returns a number of every token, for rows."""
         ref = self.scratch["numbers"].at[slot, NUMBERS.index(name)]
         return plgpu.load(ref, layout=gpu.OF_ROWS, optimized=False)
 
-    def copied(self, name: str, matrix: Array, at: Any) -> None:
-        """Has the copy engine write what was put in SMEM, unless that is not all of it."""
-        target = self.results[{"state": "kept"}.get(name, name)].at[at]
-        if self.plan.exact:
-            gpu.store(target, matrix)
-        else:
-            (part,) = gpu.at(self.scratch[name], self.warpgroup)
-            plgpu.copy_smem_to_gmem(part, target)
+    def copied(self, name: str, target: Any) -> None:
+        """Has the copy engine write what was put in SMEM, which is in one part."""
+        (part,) = gpu.at(self.scratch[name], self.warpgroup)
+        plgpu.copy_smem_to_gmem(part, target)
 
-    def put(self, name: str, matrix: Array) -> list[Any]:
+    def remember(self, memory: list[Array]) -> None:
+        """Puts the memory where the matrix units can read it."""
+        for rows, part in zip(self.plan.rows, memory, strict=True):
+            self.put("state", part, rows)
+
+    def put(self, name: str, matrix: Array, rows: Any = slice(None)) -> list[Any]:
         """Puts a matrix where the matrix units can read it, and returns the references."""
         parts = self.here(None, name)
         narrow = parts[0].dtype
         values = gpu.in_parts(matrix) if self.plan.exact else [matrix.astype(narrow)]
         for part, value in zip(parts, values, strict=True):
-            part[...] = value
+            part.at[rows][...] = value
         plgpu.commit_smem()
         return parts
 

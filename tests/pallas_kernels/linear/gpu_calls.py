@@ -49,6 +49,19 @@ GPU_CASES = {
         70, 1, 1, 1, value_heads=2, decay="step", beta=True, segments=True, state=True
     ),
     "delta, channels, bfloat16": Case(131, **ONE, decay="channel", beta=True),
+    "momentum": Case(
+        70,
+        1,
+        1,
+        1,
+        value_heads=2,
+        decay="step",
+        beta=True,
+        momentum=True,
+        segments=True,
+        state=True,
+    ),
+    "momentum, sums, bfloat16": Case(130, 1, 2, 1, decay=-0.2, momentum=True),
     "delta of features": Case(65, **ONE, features=5, decay=-0.1, beta=True, feature_map="taylor"),
     "taylor, bfloat16": Case(
         128, **ONE, features=5, decay=None, normalize=True, feature_map="taylor"

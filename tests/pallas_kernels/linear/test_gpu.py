@@ -120,9 +120,9 @@ WIDE = jnp.ones((1, 32, 1, 193))
             "it has no segments if causal is False",
         ),
         (
-            (X, X, X),
+            (WIDE[..., :65], WIDE[..., :65], X),
             dict(log_momentum=jnp.zeros((1, 32, 1))),
-            "it has no momentum",
+            "features of float32 must be at most 64 with momentum; got 65",
         ),
         (
             (X, X, X),

@@ -27,9 +27,9 @@ def _expected(name):
     if name.startswith("all"):
         return ["linear_sum"] * 2
     again = ["linear_forward"] * any(x in name for x in ("elu", "taylor, bf", "add to", "relu"))
-    if any(x in name for x in ("delta", "channel")):
-        walks = ["linear_states", "linear_states_gradient"]
-        return [*again, "linear_forward", "linear_prepare", *walks]
+    if any(x in name for x in ("delta", "channel", "momentum", "Titans")):
+        prepare = ["linear_prepare"] * ("momentum" not in name and "Titans" not in name)
+        return [*again, "linear_forward", *prepare, "linear_states", "linear_states_gradient"]
     walks = [f"linear_backward_{array}" for array in ("key", "query", "value")]
     return [*walks, *again, "linear_forward"]
 

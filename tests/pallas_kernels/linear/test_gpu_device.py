@@ -25,6 +25,8 @@ RULES = {
     "delta, decay": dict(decay=(-0.01, -0.3), beta=True),
     "delta, steps": dict(decay="step", beta=True),
     "delta, channels": dict(decay="channel", beta=True),
+    "momentum": dict(decay="step", beta=True, momentum=True),
+    "momentum, sums": dict(decay="step", momentum=True),
 }
 SIZES = {64: (64, 64), 128: (128, 128), 192: (64, 192), 256: (256, 128)}
 CASES = (
