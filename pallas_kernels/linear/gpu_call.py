@@ -1,5 +1,6 @@
 """What the walks of linear attention on Hopper GPUs are made for: a call, cut up in time."""
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax
@@ -138,10 +139,14 @@ def _decays_of_spans(
     return jnp.exp(total.reshape(batch, count, memories, -1, 1))
 
 
+def in_full(dtype: DTypeLike) -> AbstractContextManager:
+    """Has products of float32 be of float32, where a GPU would take TensorFloat-32."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
+
+
 def product(equation: str, left: Array, right: Array) -> Array:
-    """Is `products.product`, with float32 in full: on a GPU it would be in TensorFloat-32."""
-    exact = left.dtype == right.dtype == jnp.float32
-    with jax.default_matmul_precision("highest" if exact else "default"):
+    """Is `products.product`, in full; its derivative is so if it is taken in full."""
+    with in_full(jnp.result_type(left, right)):
         return products.product(equation, left, right)
 
 

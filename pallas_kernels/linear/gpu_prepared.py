@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.linear import blocks, gpu_momentum
-from pallas_kernels.linear.gpu_call import Call, begun, in_chunks, of_tokens, product
+from pallas_kernels.linear.gpu_call import Call, begun, in_chunks, in_full, of_tokens, product
 from pallas_kernels.linear.gpu_prepare import Prepared, prepare
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
 from pallas_kernels.linear.inputs import finite
@@ -103,7 +103,9 @@ def backward(
         erase=of_tokens(-product("bcniv,bcnfv->bcnif", of_value, memory)) if delta else None,
     )
     d_x = jax.tree.map(lambda gradient, array: gradient.astype(array.dtype), d_x, x)
-    gradients = pull(d_x)[0] | {"memory": walked.memory[:, 0]}
+    with in_full(call.dtype):
+        (gradients,) = pull(d_x)
+    gradients |= {"memory": walked.memory[:, 0]}
     return {name: gradients[name] for name in names}
 
 

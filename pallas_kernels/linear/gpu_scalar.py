@@ -89,7 +89,7 @@ def backward(
         changes = _dots(call.query, gradients["query"]) - _dots(call.key, gradients["key"])
         d_before = transposed(gradients["memory"])[:, None].astype(call.dtype)
         d_before = jnp.concatenate([d_before, walked.kept[:, :-1]], axis=1)
-        first = jnp.einsum("bcnvf,bcnvf->bcn", before, d_before, preferred_element_type=jnp.float32)
+        first = jnp.sum(before.astype(jnp.float32) * d_before, axis=(-2, -1))
         gradients["logs"] = _d_logs(call.logs, first, changes)
     if "value" in names or ("memory" in names and "memory" not in gradients):
         walked = walk(back._replace(reader=call.key), "linear_backward_value")
