@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,6 +34,11 @@ HIDDEN = 2048
 
 ROUND, MOST = 0.02, 16
 """Seconds, about, and at most so many calls of a round: the device does not wait for the host."""
+
+
+def keep_memory() -> None:
+    """Leaves memory to PyTorch, unless it is said how much. JAX reads it when it finds devices."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def check_device() -> None:
@@ -75,6 +81,53 @@ def cost(function: Callable[..., Any], arrays: Sequence[Any], repeats: int) -> d
         "seconds": fastest(calls, arrays, repeats) / count,
         "bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
     }
+
+
+Cost = Callable[[Sequence[Any], int], Mapping[str, Any]]
+"""Measures a peer on arrays so many times."""
+
+
+def torch_cost(
+    function: Callable[[], Any], leaves: Sequence[Any], direction: str, repeats: int
+) -> dict[str, float]:
+    """Is `cost` of PyTorch, by the device's clock.
+
+    Args:
+      function: returns the output, of the shape of the third of the leaves.
+      leaves: what it is a function of, query, key and value first.
+      direction: "forward", or "gradient" for that by all leaves as well.
+      repeats: rounds.
+    """
+    import torch
+
+    cotangent = torch.ones_like(leaves[2])
+    for leaf in leaves:
+        leaf.requires_grad_(direction == "gradient")
+
+    def call() -> None:
+        out = function()
+        if direction == "gradient":
+            torch.autograd.grad(out, leaves, cotangent)
+
+    def seconds(count: int) -> float:
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        for _ in range(count):
+            call()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3 / count
+
+    try:
+        seconds(1)  # in which kernels are compiled, and what is fastest is tried
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        count = calls_of(seconds(1))
+        size = torch.cuda.max_memory_allocated() - before
+        fastest = min(seconds(count) for _ in range(repeats))
+    finally:
+        torch.cuda.empty_cache()  # JAX needs memory, too
+    return {"seconds": fastest, "bytes": size}
 
 
 def measured(

@@ -6,8 +6,7 @@ import functools
 import importlib
 import itertools
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,9 +53,6 @@ backward q, k, v again, the gradient of o, and the gradients of q, k and v."""
 STYLES = {"ours": "o-", "XLA": "x:", "fla": "s--", "cuDNN": "^-."}
 """Lines in a plot, by peer."""
 
-Cost = Callable[[Sequence[Array], int], Mapping[str, Any]]
-"""Measures a peer on arrays so many times."""
-
 
 @dataclass(frozen=True)
 class GpuConfig(ReportConfig):
@@ -96,8 +92,7 @@ class GpuConfig(ReportConfig):
                 report.failures.append(f"plot: cannot write {self.plot}: {error}")
 
     def _check(self) -> None:
-        # PyTorch needs memory, too. JAX reads it when it looks for devices.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        gpu.keep_memory()
         gpu.check_device()
         for name in ("tokens", "total", "features", "repeats"):
             value = getattr(self, name)
@@ -142,14 +137,14 @@ def _passes(peers: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {f"{direction}, {name}": (direction, name) for direction in MOVED for name in names}
 
 
-def costs(direction: str, name: str, inputs: Sequence[str], heads: int) -> dict[str, Cost]:
+def costs(direction: str, name: str, inputs: Sequence[str], heads: int) -> dict[str, gpu.Cost]:
     """Returns what measures the peers that have a variant, on arrays in the order of its inputs."""
     if name == SOFTMAX:
         attention = functools.partial(
             jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
         )
         return {"cuDNN": functools.partial(gpu.cost, directed(direction, attention, range(3)))}
-    found: dict[str, Cost] = {}
+    found: dict[str, gpu.Cost] = {}
     for peer, implementation in (("ours", "pallas_gpu"), ("XLA", "xla")):
         function = VARIANTS[name].function(direction, inputs, heads, implementation)
         found[peer] = functools.partial(gpu.cost, function)
@@ -167,37 +162,14 @@ def fla_cost(
     function = getattr(importlib.import_module(f"fla.ops.{operation}"), f"chunk_{operation}")
     leaves = [torch.from_dlpack(array) for array in jax.block_until_ready(arrays)]
     arguments = {ARGUMENTS[of]: leaf for of, leaf in zip(inputs, leaves, strict=True)}
-    cotangent = torch.ones_like(arguments["v"])
     if VARIANTS[name].constant_decay:
         arguments["g_gamma"] = torch.from_dlpack(jnp.asarray(constant_decays(arrays[0].shape[2])))
-    for leaf in leaves:
-        leaf.requires_grad_(direction == "gradient")
 
-    def call() -> None:
-        out, _ = function(**arguments, **options, scale=1.0)
-        if direction == "gradient":
-            torch.autograd.grad(out, leaves, cotangent)
+    def attend() -> Any:
+        return function(**arguments, **options, scale=1.0)[0]
 
-    def seconds(count: int) -> float:
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        for _ in range(count):
-            call()
-        ended.record()
-        ended.synchronize()
-        return began.elapsed_time(ended) / 1e3 / count
-
-    try:
-        seconds(1)  # in which Triton compiles, and tries what is fastest
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        count = gpu.calls_of(seconds(1))
-        size = torch.cuda.max_memory_allocated() - before
-        fastest = min(seconds(count) for _ in range(repeats))
-    finally:
-        torch.cuda.empty_cache()  # JAX needs memory, too
-    versions = f"{fla.__version__}, PyTorch {torch.__version__}"
-    return {"seconds": fastest, "bytes": size, "version": versions}
+    found = gpu.torch_cost(attend, leaves, direction, repeats)
+    return found | {"version": f"{fla.__version__}, PyTorch {torch.__version__}"}
 
 
 def draw(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -1,10 +1,11 @@
-"""Time of tiled attention on a CUDA device, beside cuDNN's, tokamax's and JAX's own kernel."""
+"""Time of tiled attention on a CUDA device, beside cuDNN, tokamax, FlashAttention and JAX's own."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class GpuConfig(ReportConfig):
 
     def fill(self, report: Report) -> None:
         """Runs all of them in turn, on the same arrays."""
+        gpu.keep_memory()
         gpu.check_device()
         for features in self.features:
             for mask in ("causal", "full"):
@@ -62,8 +64,8 @@ class GpuConfig(ReportConfig):
         products /= 2 if mask == "causal" else 1
         row = {"pass": label, "tokens": f"{tokens:,}"}
         record: dict[str, Any] = dict(row, device=jax.devices()[0].device_kind)
-        for name, peer in peers(mask, direction, features).items():
-            seconds = self._seconds(f"{label}, {tokens:,} tokens", name, record, peer, arrays)
+        for name, cost in costs(mask, direction, features).items():
+            seconds = self._seconds(f"{label}, {tokens:,} tokens", name, record, cost, arrays)
             row[f"{name} TFLOP/s"] = "-" if seconds is None else rate(products / seconds)
         report.add(row, record)
 
@@ -80,7 +82,8 @@ class GpuConfig(ReportConfig):
                 row = {"pass": label, "tokens": f"{tokens:,}"}
                 record: dict[str, Any] = dict(row, device=jax.devices()[0].device_kind)
                 ours = directed(direction, functools.partial(_ours, **options), range(3))
-                seconds = self._seconds(label, "ours", record, ours, arrays)
+                cost = functools.partial(gpu.cost, ours)
+                seconds = self._seconds(label, "ours", record, cost, arrays)
                 full = seconds if name == FULL else full
                 if seconds is not None:
                     row["ours ms"] = f"{1e3 * seconds:.3f}"
@@ -92,9 +95,14 @@ class GpuConfig(ReportConfig):
         return tuple(jax.random.normal(jax.random.key(0), shape, jnp.bfloat16))
 
     def _seconds(
-        self, label: str, name: str, record: dict[str, Any], peer: Peer, arrays: tuple[Array, ...]
+        self,
+        label: str,
+        name: str,
+        record: dict[str, Any],
+        cost: gpu.Cost,
+        arrays: tuple[Array, ...],
     ) -> float | None:
-        found = gpu.measured(record, label, name, gpu.cost, peer, arrays, self.repeats)
+        found = gpu.measured(record, label, name, cost, arrays, self.repeats)
         return None if found is None else found["seconds"]
 
 
@@ -121,8 +129,12 @@ def random_lists(tokens: int, block: int) -> masks.Mask:
     return masks.blocks(indices[None, None].astype(np.int32), counts, block, block)
 
 
-def peers(mask: str, direction: str, features: int) -> dict[str, Peer]:
-    """Returns what a row compares."""
+FLASH = ("flash_attn_interface", "flash_attn")
+"""Packages of FlashAttention for PyTorch: version 3, and 2."""
+
+
+def costs(mask: str, direction: str, features: int) -> dict[str, gpu.Cost]:
+    """Returns what measures those that a row compares."""
     causal = masks.causal() if mask == "causal" else None
     functions: dict[str, Peer] = {
         "ours": functools.partial(_ours, mask=causal),
@@ -133,7 +145,31 @@ def peers(mask: str, direction: str, features: int) -> dict[str, Peer]:
     }
     if importlib.util.find_spec("tokamax"):
         functions["tokamax"] = functools.partial(_tokamax, causal is not None)
-    return {name: directed(direction, peer, range(3)) for name, peer in functions.items()}
+    found: dict[str, gpu.Cost] = {
+        name: functools.partial(gpu.cost, directed(direction, function, range(3)))
+        for name, function in functions.items()
+    }
+    for package in filter(importlib.util.find_spec, FLASH):
+        cost = functools.partial(flash_cost, package, causal is not None, direction)
+        return found | {"FlashAttention": cost}
+    return found
+
+
+def flash_cost(
+    package: str, causal: bool, direction: str, arrays: Sequence[Array], repeats: int
+) -> dict[str, Any]:
+    """Measures FlashAttention on the same arrays, as `gpu.cost` measures ours."""
+    import torch
+
+    function = importlib.import_module(package).flash_attn_func
+    leaves = [torch.from_dlpack(array) for array in jax.block_until_ready(arrays)]
+
+    def attend() -> Any:
+        out = function(*leaves, causal=causal)
+        return out[0] if isinstance(out, tuple) else out  # some return the log-sum-exp as well
+
+    found = gpu.torch_cost(attend, leaves, direction, repeats)
+    return found | {"version": f"{package}, PyTorch {torch.__version__}"}
 
 
 def rate(operations: float) -> str:

@@ -319,3 +319,31 @@ def test_linear_cases_for_hopper(monkeypatch):
         gradients = jax.eval_shape(case.function, *case.arguments)
         assert [x.shape for x in gradients] == [x.shape for x in case.arguments]
     assert called == [(*size, "pallas_gpu") for of in sizes.values() for size in of]
+
+
+@pytest.mark.parametrize("direction", ("forward", "gradient"))
+@pytest.mark.parametrize("package", tiled_gpu.FLASH)
+def test_flash_attention_is_asked_for_the_same(package, direction, monkeypatch):
+    """Whichever version there is; the newer one first."""
+    torch, outs = _Torch(), []
+
+    def flash_attn_func(q, k, v, causal=False):
+        torch.work(100)
+        out = jax.nn.dot_product_attention(q.array, k.array, v.array, is_causal=causal)
+        outs.append(_Tensor(out))
+        return (outs[-1], None) if package == "flash_attn_interface" else outs[-1]
+
+    module = types.ModuleType(package)
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, package, module)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    there = {"flash_attn", package}
+    monkeypatch.setattr(tiled_gpu.importlib.util, "find_spec", lambda name: name in there)
+    arrays = tuple(jax.random.normal(jax.random.key(0), (3, 2, 8, 2, 4)))
+    found = tiled_gpu.costs("causal", direction, 64)["FlashAttention"](arrays, 3)
+    assert found == {
+        "seconds": pytest.approx(1e-3 if direction == "forward" else 2e-3),
+        "bytes": 100 if direction == "forward" else 200,
+        "version": f"{package}, PyTorch 2.0",
+    }
+    assert jnp.allclose(outs[-1].array, jax.nn.dot_product_attention(*arrays, is_causal=True))
