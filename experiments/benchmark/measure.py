@@ -29,8 +29,6 @@ Cells = Callable[[Compiled], Mapping[str, str]]
 """Returns the columns of a row."""
 Rows = Callable[[str, Case | str], Mapping[str, Cells]]
 """Returns the rows of a case by name, from its name."""
-Passes = dict[str, Callable[[], Mapping[str, tuple[Callable[..., Any], Sequence[Any]]]]]
-"""By the name of a row, what makes the functions that it compares, by name, and their arrays."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ unproved = PROVED.unproved
 MOST_FEATURES, MOST_FEATURES_FLOAT32 = 256, 192
 """Rows or columns of a memory, filled up: with the sums of weights there are more columns."""
 
+MOST_FEATURES_ERASED_FLOAT32 = 128
+"""Rows for which there is space for what the delta rule erases, too."""
+
 COUNTS = 2
 """Values of 1 that count keys where outputs are divided by sums of weights: see `backward`."""
 
@@ -45,13 +48,13 @@ def supports(*, options: Options, inputs: Inputs) -> str | None:
     exact = inputs.precision == jnp.float32
     most = MOST_FEATURES_FLOAT32 if exact else MOST_FEATURES
     normalised, momentum = options.epsilon is not None, inputs.log_momentum is not None
+    rows, of_rows = most, ""
+    if momentum:  # two memories, of whole 64 rows
+        rows, of_rows = most // 2 // gpu.FEATURES * gpu.FEATURES, " with momentum"
+    elif exact and inputs.beta is not None:
+        rows, of_rows = MOST_FEATURES_ERASED_FLOAT32, " by the delta rule"
     sizes = {
-        "features": (
-            features.count(options.feature_map, inputs.query.shape[3]),
-            # Two memories, of whole 64 rows.
-            most // 2 // gpu.FEATURES * gpu.FEATURES if momentum else most,
-            " with momentum" * momentum,
-        ),
+        "features": (features.count(options.feature_map, inputs.query.shape[3]), rows, of_rows),
         "values": (
             inputs.value.shape[3],
             most - COUNTS * normalised,

@@ -156,6 +156,12 @@ def in_chunks(array: Float[Array, "B T M F"]) -> Float[Array, "B chunks M C F"]:
     return jnp.swapaxes(array.reshape(batch, -1, CHUNK, memories, size), 2, 3)
 
 
+def of_memories(call: Call) -> list[Float[Array, "B chunks M C n"]]:
+    """Returns the queries, keys and values that memories have, in chunks."""
+    arrays = call.query, call.key, call.value
+    return [in_chunks(jnp.repeat(x, call.memories // x.shape[2], axis=2)) for x in arrays]
+
+
 def of_tokens(array: Float[Array, "B chunks M C F"]) -> Float[Array, "B T M F"]:
     """Is the inverse of `in_chunks`."""
     array = jnp.swapaxes(array, 2, 3)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.linear import blocks
-from pallas_kernels.linear.gpu_call import Call, in_chunks, of_tokens, product
+from pallas_kernels.linear.gpu_call import Call, in_chunks, of_memories, of_tokens, product
 from pallas_kernels.linear.gpu_prepare import Prepared
 from pallas_kernels.linear.gpu_walk import CHUNK
 from pallas_kernels.linear.inputs import finite
@@ -17,10 +17,7 @@ from pallas_kernels.linear.inputs import finite
 
 def prepared(call: Call) -> Prepared:
     """Prepares a call."""
-    query, key, value = (
-        in_chunks(jnp.repeat(array, call.memories // array.shape[2], axis=2))
-        for array in (call.query, call.key, call.value)
-    )
+    query, key, value = of_memories(call)
     decays, momentums = (
         blocks.decays(finite(in_chunks(array[..., None])))
         for array in (call.logs, call.log_momentum)

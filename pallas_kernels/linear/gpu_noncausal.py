@@ -9,7 +9,7 @@ from collections.abc import Collection
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.linear.gpu_call import PROCESSORS, Call, product
+from pallas_kernels.linear.gpu_call import PROCESSORS, Call, product, transposed
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
 
 
@@ -33,9 +33,9 @@ def backward(
     narrow = d_memory.astype(call.dtype)
     gradients = {"memory": d_memory}
     if "query" in names:
-        gradients["query"] = _read(d_out, jnp.swapaxes(kept[:, 0], -1, -2))
+        gradients["query"] = _read(d_out, transposed(kept[:, 0]))
     if "key" in names:
-        gradients["key"] = _read(call.value, jnp.swapaxes(narrow, -1, -2))
+        gradients["key"] = _read(call.value, transposed(narrow))
     if "value" in names:
         gradients["value"] = _read(call.key, narrow)
     return {name: gradients[name] for name in names}

@@ -17,7 +17,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.linear import blocks, gpu_momentum
-from pallas_kernels.linear.gpu_call import Call, begun, in_chunks, in_full, of_tokens, product
+from pallas_kernels.linear.gpu_call import (
+    Call,
+    begun,
+    in_chunks,
+    in_full,
+    of_memories,
+    of_tokens,
+    product,
+)
 from pallas_kernels.linear.gpu_prepare import Prepared, prepare
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
 from pallas_kernels.linear.inputs import finite
@@ -124,10 +132,7 @@ def _mixed(memory: Array, gradient: Array) -> Float[Array, "B chunks M 3"]:
 
 def prepared(call: Call) -> Prepared:
     """Prepares a call."""
-    query, key, value = (
-        in_chunks(jnp.repeat(array, call.memories // array.shape[2], axis=2))
-        for array in (call.query, call.key, call.value)
-    )
+    query, key, value = of_memories(call)
     logs = call.logs
     if logs is None or logs.shape[1] != call.query.shape[1]:
         zeros = jnp.zeros_like(call.memory, shape=(1, CHUNK, call.memories))

@@ -191,7 +191,7 @@ def _plan(given: Walk, arrays: dict[str, Any], features: int, width: int) -> _Pl
         stage += 4 * len(NUMBERS) * CHUNK if given.numbers is not None else 0
         stage += 4 * features if given.decays is not None else 0
         stage += 4 * MIXING if given.mixing is not None else 0
-        staged = _staged(given, parts)
+        staged = _staged(given)
         fixed = both * parts * item * (features + CHUNK * len(staged))
         if given.reader is not None:
             fixed += both * CHUNK * jnp.dtype(given.out_dtype).itemsize
@@ -216,7 +216,7 @@ def _plan(given: Walk, arrays: dict[str, Any], features: int, width: int) -> _Pl
     )
 
 
-def _staged(given: Walk, parts: int) -> list[str]:
+def _staged(given: Walk) -> list[str]:
     """Names what is put into SMEM for the matrix units, beside the memory."""
     names = ["corrected"] if given.correct else []
     names += ["weighed"] if given.numbers is not None else []
@@ -241,7 +241,7 @@ def _scratch(plan: _Plan, given: Walk, arrays: dict[str, Any], features: int) ->
                 scratch[name] = space(stages, CHUNK, CHUNK)
             case _:
                 scratch[name] = space(stages, CHUNK, features)
-    for name in _staged(given, parts):
+    for name in _staged(given):
         scratch[name] = space(both, CHUNK, columns)
     copies = parts * (len(arrays) + both - 1)
     if given.numbers is not None:

@@ -1,5 +1,6 @@
 """Calls of linear attention for the GPU kernels, with what parts they have."""
 
+import dataclasses
 from unittest import mock
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from pallas_kernels.linear import gpu, gpu_proved
 from tests.gpu import PRODUCTS_IN_PARTS
 from tests.numerics import assert_close
-from tests.pallas_kernels.linear.cases import ONE, Case
+from tests.pallas_kernels.linear.cases import ONE, TPU_CASES, Case
 
 GPU_CASES = {
     "nothing decays, float16": Case(65, 1, 1, 1, decay=None, state=True),
@@ -41,9 +42,7 @@ GPU_CASES = {
     "steps, shared keys, elu, segments, bfloat16": Case(
         140, 1, 2, 1, decay="step", normalize=True, feature_map="elu_plus_one", segments=True
     ),
-    "channels, no sum of weights to add to": Case(
-        131, **ONE, decay="channel", normalize=True, segments=True, epsilon=0.0
-    ),
+    "channels, no sum of weights to add to": TPU_CASES["channels, no sum of weights to add to"],
     "delta, bfloat16": Case(70, 1, 2, 1, decay=None, beta=True),
     "delta, steps, groups of both": Case(
         70, 1, 1, 1, value_heads=2, decay="step", beta=True, segments=True, state=True
@@ -68,19 +67,7 @@ GPU_CASES = {
     ),
     "one token": Case(1, **ONE),
     "all": Case(70, 1, 2, 1, decay=None, causal=False, keys=140, scale=0.25),
-    "all, elu, bfloat16": Case(
-        140,
-        1,
-        2,
-        1,
-        decay=None,
-        causal=False,
-        keys=20,
-        normalize=True,
-        feature_map="elu_plus_one",
-        epsilon=0.0,
-        state=True,
-    ),
+    "all, elu, bfloat16": dataclasses.replace(TPU_CASES["all, elu, bfloat16"], tokens=140),
 }
 """What the GPU kernels serve: chunks of 64 tokens, features and values in 64s, full or not."""
 

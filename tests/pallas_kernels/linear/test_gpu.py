@@ -125,6 +125,11 @@ WIDE = jnp.ones((1, 32, 1, 193))
             "features of float32 must be at most 64 with momentum; got 65",
         ),
         (
+            (WIDE[..., :129], WIDE[..., :129], X),
+            dict(beta=jnp.zeros((1, 32, 1))),
+            "features of float32 must be at most 128 by the delta rule; got 129",
+        ),
+        (
             (X, X, X),
             dict(chunk_size=100),
             "chunk_size must divide 256 or be a multiple of 64; got 100",
