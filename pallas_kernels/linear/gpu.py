@@ -169,9 +169,8 @@ def _arrays(options: Options, x: Inputs, *, by_token: bool = False) -> dict[str,
             logs = logs if logs.ndim > 2 else jnp.broadcast_to(logs[:, None], shape)
         else:
             logs = jnp.broadcast_to(logs[:, None], (logs.shape[0], CHUNK, x.heads))
-    begins, momentum = None, x.log_momentum
-    if x.runs is not None:
-        begins = jnp.diff(x.runs, axis=1, prepend=x.runs[:, :1]) != 0
+    begins, momentum = x.begins, x.log_momentum
+    if begins is not None:
         logs = jnp.where(begins.reshape(*begins.shape, *(1,) * (logs.ndim - 2)), -jnp.inf, logs)
     if momentum is not None:
         if begins is not None:

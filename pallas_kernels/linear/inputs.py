@@ -61,6 +61,13 @@ class Inputs(NamedTuple):
     momentum: Float[Array, "B M F V"] | None
 
     @property
+    def begins(self) -> Bool[Array, "B T"] | None:
+        """Returns which tokens begin a segment; the first one goes on with that of the state."""
+        if self.runs is None:
+            return None
+        return jnp.pad(self.runs[:, 1:] != self.runs[:, :-1], ((0, 0), (1, 0)))
+
+    @property
     def dims(self) -> tuple[str | None, ...]:
         """Names the dimensions, as in `partition`."""
         decay = None if self.log_decay is None else {2: "+n", 3: "btn", 4: "btnh"}

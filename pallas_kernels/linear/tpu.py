@@ -246,10 +246,7 @@ def _operands(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arrays of a kernel by name, and their blocks."""
     operands, specs = {}, {}
-    begins = None
-    if x.runs is not None:
-        changed = x.runs[:, 1:] != x.runs[:, :-1]
-        begins = jnp.pad(changed, ((0, 0), (1, 0)))
+    begins = x.begins
     for name in call.tokens:
         array, shape = getattr(x, name), call.shape(name, x.heads)
         if shape is not None:
