@@ -7,8 +7,9 @@ memory (GMEM) to shared memory (SMEM), from which the matrix units read.
 import contextlib
 import contextvars
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ REGISTERS, REGISTERS_COPYING = 240, 24
 
 SMEM_BYTES = 227 * 1024
 """Shared memory of a block."""
+
+PROCESSORS = 132
+"""Of a Hopper GPU: H100 (SXM) and H200."""
 
 MATRIX = plgpu.Layout.WGMMA
 """How a matrix lies in the registers of a warpgroup."""
@@ -110,6 +114,59 @@ def run(
         ),
     )(*arrays)
     return results.unflatten(outs)
+
+
+class Work(NamedTuple):
+    """What the blocks of a kernel have to do, in items."""
+
+    sizes: Mapping[str, int]
+    """Names and numbers of what an item is one of; the first one varies fastest."""
+    persistent: bool
+    """Whether there is a block for each processor, which does several items, one after the other:
+    what it copies for the next one comes while it ends the last one."""
+
+    @property
+    def count(self) -> int:
+        """Returns the number of items."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def grid(self) -> dict[str, int]:
+        """Returns that of the kernel."""
+        if self.persistent:
+            return {"processor": min(PROCESSORS, self.count)}
+        return dict(self.sizes)
+
+    def each(
+        self,
+        place: dict[str, Array],
+        visit: Callable[[dict[str, Array], Any], Any],
+        carry: Any,
+    ) -> Any:
+        """Does the items of a block, and returns what was returned for the last one.
+
+        Args:
+          place: where the block is in the grid.
+          visit: gets the place of an item, and what it returned for the one before.
+          carry: what it gets first.
+        """
+        if not self.persistent:
+            return visit(place, carry)
+        blocks = self.grid["processor"]
+
+        def turn(i: Array, carry: Any) -> Any:
+            # There and back, as items come in the order of how much they are.
+            here = place["processor"]
+            here = jnp.where(jax.lax.rem(i, 2) == 0, here, blocks - 1 - here)
+            rest, item = i * blocks + here, {}
+            for name, size in self.sizes.items():
+                item[name], rest = jax.lax.rem(rest, size), jax.lax.div(rest, size)
+            return visit(item, carry)
+
+        rounds, left = divmod(self.count, blocks)
+        here = place["processor"]
+        here = blocks - 1 - here if rounds % 2 else here
+        return jax.lax.fori_loop(0, rounds + (here < left).astype(jnp.int32), turn, carry)
 
 
 def smem(shape: Sequence[int], dtype: DTypeLike, inner: int = 64) -> Any:

@@ -13,6 +13,7 @@ from experiments.benchmark import gpu, measure, tiled_cases, tiled_features, til
 from experiments.benchmark.measure import CompileConfig, compile_all, cost, directed
 from experiments.benchmark.table import Report, progress
 from experiments.benchmark.tiled_gpu import GpuConfig
+from experiments.benchmark.tiled_tune import TuneConfig
 from experiments.compile_report import Case, Compiled, chosen
 from experiments.errors import ExperimentError
 from pallas_kernels import masks
@@ -134,6 +135,7 @@ REPORTS = {
     "cpu": CpuConfig,
     "compile_time": CompileTimeConfig,
     "gpu": GpuConfig,
+    "tune": TuneConfig,
 }
 
 

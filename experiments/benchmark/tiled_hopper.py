@@ -14,7 +14,7 @@ from experiments.compile_report import Case
 from pallas_kernels import masks
 from pallas_kernels.tiled import tiled_attention
 
-TOKENS, HEADS = 2048, 2
+TOKENS, HEADS = 2048, 16
 BLOCK, KEPT = 64, 8
 """Tokens of a block, and blocks of a list."""
 

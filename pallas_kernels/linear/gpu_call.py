@@ -8,14 +8,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels import gpu
 from pallas_kernels.chunks import joined
 from pallas_kernels.linear import products
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
 from pallas_kernels.linear.inputs import GRID, LOWEST, Inputs, Options
 from pallas_kernels.tpu import padded
-
-PROCESSORS = 132
-"""Of a Hopper GPU, of which each has a block of a walk at a time."""
 
 SHORTEST = 16
 """Chunks that a span has at least, as to find what it begins with takes half as long again."""
@@ -37,10 +35,13 @@ class Spans(NamedTuple):
 
     @classmethod
     def of(cls, options: Options, x: Inputs) -> "Spans":
-        """Returns more than one where batch and memories are too few for a GPU."""
+        """Returns more than one where batch and memories are too few for a GPU.
+
+        Each of its processors has a block of a walk at a time.
+        """
         chunks, kept = -(-x.query.shape[1] // CHUNK), options.kept // CHUNK
         blocks = x.query.shape[0] * x.heads * -(-x.value.shape[3] // (2 * CHUNK))
-        count = max(min(PROCESSORS // blocks, chunks // SHORTEST), 1)
+        count = max(min(gpu.PROCESSORS // blocks, chunks // SHORTEST), 1)
         groups = -(-chunks // kept)
         return cls(chunks, -(-groups // count) * kept, kept)
 

@@ -9,7 +9,8 @@ from collections.abc import Collection
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.linear.gpu_call import PROCESSORS, Call, product, transposed
+from pallas_kernels import gpu
+from pallas_kernels.linear.gpu_call import Call, product, transposed
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
 
 
@@ -47,7 +48,7 @@ def _sum(
     """Returns the sum of the products of what writes and of values."""
     batch, memories, *_ = call.memory.shape
     chunks = writer.shape[1] // CHUNK
-    span = -(-chunks // max(PROCESSORS // (batch * memories), 1))
+    span = -(-chunks // max(gpu.PROCESSORS // (batch * memories), 1))
     shape = batch, -(-chunks // span), *call.memory.shape[1:]
     zeros = jnp.zeros_like(call.memory, shape=shape)
     given = Walk(writer, value, zeros, span=span, dtype=call.dtype)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
-from pallas_kernels.linear.gpu_call import PROCESSORS, Call, numbers
+from pallas_kernels.linear.gpu_call import Call, numbers
 from pallas_kernels.linear.gpu_prepare_chunk import SQUARE, Chunks, Plan
 from pallas_kernels.linear.gpu_walk import CHUNK, NUMBERS
 from pallas_kernels.tpu import padded, result
@@ -115,7 +115,7 @@ def _steps(chunks: int, memories: int) -> int:
 
     def waves(steps: int) -> int:
         blocks = -(-chunks // (gpu.COMPUTING * steps)) * memories
-        return -(-blocks // PROCESSORS)
+        return -(-blocks // gpu.PROCESSORS)
 
     # Copies go ahead in a block alone: of equals, the most.
     return min(range(1, MOST_STEPS + 1), key=lambda steps: (waves(steps) * steps, waves(steps)))

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
-from pallas_kernels.tiled import tiles
+from pallas_kernels.tiled import gpu_tuned, tiles
 from pallas_kernels.tiled.gpu_backward import backward
 from pallas_kernels.tiled.gpu_operands import At, Operands, Tiling
 from pallas_kernels.tiled.gpu_proved import PROVED
@@ -110,18 +110,18 @@ def forward(
         "key": key,
         "value": value,
     }
-    rows = plan.tiling.rows
+    rows, work = plan.tiling.rows, plan.work(batch, rows)
     results = {
         "out": result((batch, rows, heads, width), out_dtype, x.query),
         "lse": result((batch, heads, rows), jnp.float32, x.query),
     }
     results = gpu.run(
-        functools.partial(_kernel, call, plan, operands, branches),
+        functools.partial(_kernel, call, plan, work, operands, branches),
         arguments,
         results,
         scratch,
         name="tiled_forward",
-        grid={"head": heads, "block": plan.blocks, "batch": batch},
+        grid=work.grid,
         exact=x.query.dtype == jnp.float32,
     )
     out = results["out"][:, :queries, :, : x.value.shape[3]]
@@ -134,6 +134,7 @@ def forward(
 def _kernel(
     call: Scores,
     plan: Plan,
+    work: gpu.Work,
     operands: Operands,
     branches: tuple[bool, bool],
     arguments: dict[str, Any],
@@ -142,35 +143,37 @@ def _kernel(
     place: dict[str, Array],
 ) -> None:
     """Computes the results of a block's tiles of queries."""
-    b, n, warpgroup = place["batch"], place["head"], place["warpgroup"]
-    # The last rows of a causal mask have the most keys: they start first.
-    block = plan.blocks - 1 - place["block"]
-    tile = plan.tiling.tile
-    stream = Stream(plan, arguments["schedule"], b, n, block)
+    warpgroup, tile = place["warpgroup"], plan.tiling.tile
 
-    @pl.when(warpgroup == gpu.COMPUTING)
-    def _() -> None:
-        plgpu.set_max_registers(gpu.REGISTERS_COPYING, action="decrease")
-        head = n // (plan.tiling.heads // arguments["key"][0].shape[2])
+    def stream_of(place: dict[str, Array]) -> Stream:
+        # The last rows of a causal mask have the most keys: they start first.
+        block = plan.blocks - 1 - place["block"]
+        return Stream(plan, arguments["schedule"], place["batch"], place["head"], block)
+
+    def copy_all(place: dict[str, Array], before: list[Array]) -> list[Array]:
+        stream = stream_of(place)
+        head = stream.head // (plan.tiling.heads // arguments["key"][0].shape[2])
 
         def copy(name: str, number: Array, slot: Array) -> None:
             tokens = pl.ds(number * tile, tile)
             for source, target in zip(arguments[name], scratch[name], strict=True):
                 ready = scratch[f"{name}_ready"].at[slot]
-                plgpu.copy_gmem_to_smem(source.at[b, tokens, head], target.at[slot], ready)
+                source = source.at[stream.batch, tokens, head]
+                plgpu.copy_gmem_to_smem(source, target.at[slot], ready)
 
-        stream.copy(("key", "value"), copy, scratch)
+        return stream.copy(("key", "value"), copy, scratch, before)
 
-    @pl.when(warpgroup < gpu.COMPUTING)
-    def _() -> None:
-        plgpu.set_max_registers(gpu.REGISTERS, action="increase")
-        row = (block * gpu.COMPUTING + warpgroup) * gpu.ROWS
+    def attend(place: dict[str, Array], before: Array) -> Array:
+        stream = stream_of(place)
+        b, n, row = stream.batch, stream.head, stream.row(warpgroup)
         rows, ready = pl.ds(row, gpu.ROWS), scratch["query_ready"].at[warpgroup]
         query = gpu.at(scratch["query"], warpgroup)
         for source, target in zip(arguments["query"], query, strict=True):
             plgpu.copy_gmem_to_smem(source.at[b, rows, n], target, ready)
         plgpu.barrier_wait(ready)
-        state = _attend(call, plan, operands, branches, stream, warpgroup, row, arguments, scratch)
+        state, done = _attend(
+            call, plan, operands, branches, stream, warpgroup, row, arguments, scratch, before
+        )
         out, lse = _finished(call, operands, arguments, At(b, n, row, 0), state)
         staged = scratch["out"].at[warpgroup] if "out" in scratch else query[0]
         staged[...] = out.astype(staged.dtype)
@@ -178,7 +181,18 @@ def _kernel(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, results["out"].at[b, rows, n])
         plgpu.copy_smem_to_gmem(scratch["lse"].at[warpgroup], results["lse"].at[b, n, rows])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        return done
+
+    @pl.when(warpgroup == gpu.COMPUTING)
+    def _() -> None:
+        plgpu.set_max_registers(gpu.REGISTERS_COPYING, action="decrease")
+        work.each(place, copy_all, [jnp.int32(0)] * plan.streams)
+
+    @pl.when(warpgroup < gpu.COMPUTING)
+    def _() -> None:
+        plgpu.set_max_registers(gpu.REGISTERS, action="increase")
+        work.each(place, attend, jnp.int32(0))
 
 
 class Sums(NamedTuple):
@@ -199,8 +213,9 @@ def _attend(
     row: Array,
     arguments: dict[str, Any],
     scratch: dict[str, Any],
-) -> Sums:
-    """Visits the keys of a tile of queries."""
+    before: Array,
+) -> tuple[Sums, Array]:
+    """Visits the keys of a tile of queries; returns also the number of all tiles visited so far."""
     refs, exact = arguments["operands"], len(arguments["query"]) > 1
     query, narrow = gpu.at(scratch["query"], warpgroup), scratch["value"][0].dtype
     turns = Turns(scratch["turn"], warpgroup, plan.streams == 1)
@@ -226,9 +241,9 @@ def _attend(
 
     sums = _started(call, operands, refs, At(stream.batch, stream.head, row, 0), width)
     turns.begin()
-    sums = stream.visit(warpgroup, visit, sums, branches)
+    sums, done = stream.visit(warpgroup, visit, sums, branches, before)
     turns.end()
-    return sums
+    return sums, done
 
 
 def _started(call: Scores, operands: Operands, refs: dict[str, Any], at: At, width: int) -> Sums:
@@ -341,12 +356,13 @@ def _plan(options: Options, x: Inputs, features: int, width: int) -> Plan:
     parts = len(gpu.in_parts(jnp.zeros((), x.query.dtype)))
     out = 0 if _out_in_place(x.query, x.value) else width * x.query.dtype.itemsize
     fixed = both * (2 * parts * features + out)
-    tile, stages = tile_of(
-        fixed, streams * 2 * parts * (features + width), _most(options, x, width), block_k, keys
-    )
+    most, config = _most(options, x, width), gpu_tuned.config("forward", x)
+    most = min(most, config.tile) if config else most
+    column = streams * 2 * parts * (features + width)
+    tile, stages = tile_of(fixed, column, most, block_k, keys)
     tiling = Tiling(gpu.whole(queries, both), gpu.whole(keys, tile), tile, heads, False)
     grid = Grid(queries, keys, both // streams, tile)
-    return Plan(tiling, grid, streams, stages)
+    return Plan(tiling, grid, streams, stages, True, config and config.persistent)
 
 
 def _most(options: Options, x: Inputs, width: int) -> int:

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from pallas_kernels import gpu
 from pallas_kernels.masks import same_heads
+from pallas_kernels.tiled import gpu_tuned
 from pallas_kernels.tiled.gpu_operands import At, Operands, Tiling
 from pallas_kernels.tiled.gpu_stream import (
     FUNCTIONS,
@@ -206,15 +207,15 @@ class _Call:
             **{key: self.matrices[key] for key in (*resident, *streaming)},
         }
         branches = branches_of(rows, self.operands.mask is not None)
-        exact = self.x.query.dtype == jnp.float32
-        kernel = _Kernel(self.scores, plan, self.operands, branches, resident, exact)
+        exact, work = self.x.query.dtype == jnp.float32, plan.work(self.batch, rows)
+        kernel = _Kernel(self.scores, plan, work, self.operands, branches, resident, exact)
         return gpu.run(
             kernel.body,
             arguments,
             results,
             scratch,
             name=name,
-            grid={"head": self.heads, "block": plan.blocks, "batch": self.batch},
+            grid=work.grid,
             exact=exact,
         )
 
@@ -224,6 +225,7 @@ class _Kernel(NamedTuple):
 
     call: Scores
     plan: Plan
+    work: gpu.Work
     operands: Operands
     branches: tuple[bool, bool]
     resident: Sequence[str]
@@ -237,37 +239,25 @@ class _Kernel(NamedTuple):
         place: dict[str, Array],
     ) -> None:
         """Computes the sums of a block's tiles of rows."""
-        b, n, warpgroup = place["batch"], place["head"], place["warpgroup"]
-        plan, tile, transposed = self.plan, self.plan.tiling.tile, self.plan.tiling.transposed
-        # The rows of a causal mask that have the most to do start first.
-        block = place["block"] if transposed else plan.blocks - 1 - place["block"]
-        stream = Stream(plan, arguments["schedule"], b, n, block)
-        kv_head = n // (plan.tiling.heads // arguments["key"][0].shape[2])
+        warpgroup = place["warpgroup"]
 
-        def copy(name: str, tokens: Any, index: Array, ready: Any) -> None:
-            head = kv_head if name in ("key", "value") else n
-            for source, target in zip(arguments[name], scratch[name], strict=True):
-                plgpu.copy_gmem_to_smem(source.at[b, tokens, head], target.at[index], ready)
+        def copy_all(place: dict[str, Array], before: list[Array]) -> list[Array]:
+            stream, tile = self.stream(arguments, place), self.plan.tiling.tile
 
-        @pl.when(warpgroup == gpu.COMPUTING)
-        def _() -> None:
-            plgpu.set_max_registers(gpu.REGISTERS_COPYING, action="decrease")
-
-            def copy_tile(name: str, number: Array, slot: Array) -> None:
+            def copy(name: str, number: Array, slot: Array) -> None:
                 ready = scratch[f"{name}_ready"].at[slot]
-                copy(name, pl.ds(number * tile, tile), slot, ready)
+                self.copy(name, pl.ds(number * tile, tile), slot, ready, stream, arguments, scratch)
 
-            stream.copy(STREAMING[transposed], copy_tile, scratch)
+            return stream.copy(STREAMING[self.plan.tiling.transposed], copy, scratch, before)
 
-        @pl.when(warpgroup < gpu.COMPUTING)
-        def _() -> None:
-            plgpu.set_max_registers(gpu.REGISTERS, action="increase")
-            row = (block * gpu.COMPUTING + warpgroup) * gpu.ROWS
+        def compute(place: dict[str, Array], before: Array) -> Array:
+            stream = self.stream(arguments, place)
+            b, n, row = stream.batch, stream.head, stream.row(warpgroup)
             rows, ready = pl.ds(row, gpu.ROWS), scratch["ready"].at[warpgroup]
             for name in self.resident:
-                copy(name, rows, warpgroup, ready)
+                self.copy(name, rows, warpgroup, ready, stream, arguments, scratch)
             plgpu.barrier_wait(ready)
-            totals = self.sums(stream, warpgroup, row, arguments, results, scratch)
+            totals, done = self.sums(stream, warpgroup, row, arguments, results, scratch, before)
             for name in ("query", "key"):
                 if name in totals:
                     totals[name] *= self.call.options.scale
@@ -280,7 +270,43 @@ class _Kernel(NamedTuple):
                 plgpu.commit_smem()
                 for name, space in scratch["sums"].items():
                     plgpu.copy_smem_to_gmem(space.at[warpgroup], results[name].at[b, n, rows])
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            return done
+
+        @pl.when(warpgroup == gpu.COMPUTING)
+        def _() -> None:
+            plgpu.set_max_registers(gpu.REGISTERS_COPYING, action="decrease")
+            self.work.each(place, copy_all, [jnp.int32(0)] * self.plan.streams)
+
+        @pl.when(warpgroup < gpu.COMPUTING)
+        def _() -> None:
+            plgpu.set_max_registers(gpu.REGISTERS, action="increase")
+            self.work.each(place, compute, jnp.int32(0))
+
+    def stream(self, arguments: dict[str, Any], place: dict[str, Array]) -> Stream:
+        """Returns the columns that the rows of a place visit."""
+        block = place["block"]
+        # The rows of a causal mask that have the most to do start first.
+        block = block if self.plan.tiling.transposed else self.plan.blocks - 1 - block
+        return Stream(self.plan, arguments["schedule"], place["batch"], place["head"], block)
+
+    def copy(
+        self,
+        name: str,
+        tokens: Any,
+        index: Array,
+        ready: Any,
+        stream: Stream,
+        arguments: dict[str, Any],
+        scratch: dict[str, Any],
+    ) -> None:
+        """Has the copy engine fetch some tokens of a matrix."""
+        head = stream.head
+        if name in ("key", "value"):
+            head = head // (self.plan.tiling.heads // arguments["key"][0].shape[2])
+        for source, target in zip(arguments[name], scratch[name], strict=True):
+            source = source.at[stream.batch, tokens, head]
+            plgpu.copy_gmem_to_smem(source, target.at[index], ready)
 
     def sums(
         self,
@@ -290,8 +316,13 @@ class _Kernel(NamedTuple):
         arguments: dict[str, Any],
         results: dict[str, Any],
         scratch: dict[str, Any],
-    ) -> dict[str, Array]:
-        """Visits the columns of a tile of rows; returns sums by name, of matrices not scaled."""
+        before: Array,
+    ) -> tuple[dict[str, Array], Array]:
+        """Visits the columns of a tile of rows.
+
+        Returns:
+          Sums by name, of matrices not scaled; and the number of all tiles visited so far.
+        """
         refs, transposed = arguments["operands"], self.plan.tiling.transposed
         streaming = STREAMING[transposed]
         kept = {name: gpu.at(scratch[name], warpgroup) for name in self.resident}
@@ -345,7 +376,7 @@ class _Kernel(NamedTuple):
         for name in ("query", "key", "value"):
             if name in results:
                 totals[name] = gpu.matrix(0.0, (gpu.ROWS, results[name].shape[3]))
-        return stream.visit(warpgroup, visit, totals, self.branches)
+        return stream.visit(warpgroup, visit, totals, self.branches, before)
 
 
 def _plan(options: Options, x: Inputs, features: int, transposed: bool) -> Plan:
@@ -360,12 +391,15 @@ def _plan(options: Options, x: Inputs, features: int, transposed: bool) -> Plan:
     streams = gpu.COMPUTING if block_row % both else 1
     parts = len(gpu.in_parts(jnp.zeros((), x.query.dtype)))
     most = (options.tile_q if transposed else options.tile_k) or 128
-    most = min(most, _most(options, x, features, transposed))
+    config = gpu_tuned.config("backward_keys" if transposed else "backward_queries", x)
+    most = min(most, _most(options, x, features, transposed), config.tile if config else most)
     size = 2 * parts * features
     tile, stages = tile_of(both * size, streams * size, most, block_column, columns)
     tiling = Tiling(gpu.whole(rows, both), gpu.whole(columns, tile), tile, heads, transposed)
     cut = (tile, both // streams) if transposed else (both // streams, tile)
-    return Plan(tiling, Grid(queries, keys, *cut), streams, stages)
+    spare = streams == 1 and features <= BOTH[False]
+    persistent = config and config.persistent
+    return Plan(tiling, Grid(queries, keys, *cut), streams, stages, spare, persistent)
 
 
 def _most(options: Options, x: Inputs, features: int, transposed: bool) -> int:

@@ -6,6 +6,7 @@ unless they have block lists of their own: then there is a stream of columns for
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,11 +40,25 @@ class Plan(NamedTuple):
     """How many streams of tiles a block needs: one, or one for each warpgroup that computes."""
     stages: int
     """How many tiles of a stream there is space for."""
+    spare: bool
+    """Whether registers suffice for blocks that are persistent."""
+    persistent: bool | None
+    """Whether blocks are, then; None for where some have more to do than others."""
 
     @property
     def blocks(self) -> int:
         """Returns the number of blocks for the rows of a head."""
         return self.tiling.rows // (gpu.COMPUTING * gpu.ROWS)
+
+    def work(self, batch: int, rows: Any) -> gpu.Work:
+        """Returns what the blocks of a kernel do, by their schedule."""
+        persistent = self.persistent
+        if persistent is None:
+            known = isinstance(rows, np.ndarray)
+            persistent = not known or rows[..., 0].min() < rows[..., 0].max()
+        sizes = {"head": self.tiling.heads, "block": self.blocks, "batch": batch}
+        several = math.prod(sizes.values()) > gpu.PROCESSORS
+        return gpu.Work(sizes, bool(persistent and self.spare and several))
 
 
 class Stream:
@@ -56,7 +71,11 @@ class Stream:
         lead = b if schedule.shape[0] > 1 else 0, n // (plan.tiling.heads // groups)
         self.schedule, self.block = schedule.at[lead], block
 
-    def _row(self, stream: Array | int) -> Any:
+    def row(self, warpgroup: Array) -> Array:
+        """Returns the first row of a warpgroup."""
+        return (self.block * gpu.COMPUTING + warpgroup) * gpu.ROWS
+
+    def _entry(self, stream: Array | int) -> Any:
         return self.schedule.at[self.block * self.plan.streams + stream]
 
     def copy(
@@ -64,17 +83,28 @@ class Stream:
         names: Sequence[str],
         copy: Callable[[str, Array, Array], None],
         scratch: dict[str, Any],
-    ) -> None:
-        """Copies all tiles, each as soon as there is space for it."""
+        before: Sequence[Array],
+    ) -> list[Array]:
+        """Copies all tiles, each as soon as there is space for it.
+
+        Args:
+          names: of what is copied.
+          copy: gets a name, the number of a tile, and a slot.
+          scratch: has the barriers.
+          before: how many tiles of each stream the block has copied before.
+
+        Returns:
+          How many it has then.
+        """
         plan = self.plan
-        counts = [self._row(stream)[1] for stream in range(plan.streams)]
+        counts = [self._entry(stream)[1] for stream in range(plan.streams)]
 
         def copy_tile(stream: int, step: Array) -> None:
-            number = self._row(stream)[2 + step]
-            slot = stream * plan.stages + lax.rem(step, plan.stages)
+            number, turn = self._entry(stream)[2 + step], before[stream] + step
+            slot = stream * plan.stages + lax.rem(turn, plan.stages)
             for name in names:
                 free = scratch[f"{name}_free"].at[slot]
-                pl.when(step >= plan.stages)(functools.partial(plgpu.barrier_wait, free))
+                pl.when(turn >= plan.stages)(functools.partial(plgpu.barrier_wait, free))
                 copy(name, number, slot)
 
         def copy_step(step: Array, carry: None) -> None:
@@ -85,6 +115,7 @@ class Stream:
                     pl.when(step < count)(functools.partial(copy_tile, stream, step))
 
         lax.fori_loop(0, functools.reduce(jnp.maximum, counts), copy_step, None)
+        return [done + count for done, count in zip(before, counts, strict=True)]
 
     def visit(
         self,
@@ -92,7 +123,8 @@ class Stream:
         visit: Callable[[Array, Array, bool, Any], Any],
         carry: Any,
         branches: tuple[bool, bool],
-    ) -> Any:
+        before: Array,
+    ) -> tuple[Any, Array]:
         """Calls a function with slot, number, whether to mask, and what it returned before.
 
         Args:
@@ -100,19 +132,25 @@ class Stream:
           visit: the function.
           carry: what it gets first.
           branches: whether there are tiles without a mask, and with one.
+          before: how many tiles the warpgroup has visited before.
+
+        Returns:
+          What the function returned last, and how many tiles have been visited then.
         """
         stream = warpgroup if self.plan.streams > 1 else 0
-        row, first = self._row(stream), stream * self.plan.stages
+        row, first = self._entry(stream), stream * self.plan.stages
 
         def step(masked: bool, step: Array, carry: Any) -> Any:
-            slot = first + lax.rem(step, self.plan.stages)
+            slot = first + lax.rem(before + step, self.plan.stages)
             return visit(slot, row[2 + step], masked, carry)
 
         # Two loops, not two branches in one: registers need not hold what both would return.
         if all(branches):
             carry = lax.fori_loop(0, row[0], functools.partial(step, False), carry)
-            return lax.fori_loop(row[0], row[1], functools.partial(step, True), carry)
-        return lax.fori_loop(0, row[1], functools.partial(step, branches[1]), carry)
+            carry = lax.fori_loop(row[0], row[1], functools.partial(step, True), carry)
+        else:
+            carry = lax.fori_loop(0, row[1], functools.partial(step, branches[1]), carry)
+        return carry, before + row[1]
 
 
 def stream_barriers(plan: Plan, copies: int) -> tuple[Any, Any]:

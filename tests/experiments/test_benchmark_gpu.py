@@ -16,12 +16,14 @@ from experiments.benchmark import (
     linear_hopper,
     linear_variants,
     tiled_gpu,
+    tiled_tune,
 )
 from experiments.benchmark.linear_variants import VARIANTS, arrays_of
 from experiments.benchmark.table import Report
 from experiments.compile_report import load_cases
 from experiments.errors import ExperimentError
 from pallas_kernels.linear import linear_attention
+from pallas_kernels.tiled import gpu_tuned
 
 
 def _is_h200(monkeypatch):
@@ -67,6 +69,47 @@ def test_report_of_tiled_attention(monkeypatch):
     sparse = rows["forward, random lists of 64 x 64, an eighth, 64 features"]
     assert sparse["times as fast as full"] == "1.00"
     assert report.records[-1]["ours seconds"] == seconds
+
+
+def test_configurations_are_tuned(monkeypatch):
+    """The fastest of each kernel are written; one that fails is not, and is in the record."""
+    kernels = iter(3 * gpu_tuned.KERNELS)
+    seconds = {
+        ("forward", gpu_tuned.Config(64, True)): 1e-3,
+        ("backward_queries", gpu_tuned.Config(128, False)): 2e-3,
+    }
+
+    def measured(function, arrays, repeats):
+        kernel, config = gpu_tuned._tried.get()
+        gradients = jax.eval_shape(function, *arrays)
+        assert repeats == 7 and isinstance(gradients, tuple) == (kernel != "forward")
+        if kernel == "backward_keys":
+            raise RuntimeError("too many registers")
+        return {"seconds": seconds.get((kernel, config), 3e-3)}
+
+    written = {}
+    _is_h200(monkeypatch)
+    monkeypatch.setattr(gpu, "cost", measured)
+    monkeypatch.setattr(gpu_tuned, "write", lambda device, found: written.update({device: found}))
+    options = dict(features=(64,), tokens=256, total=512, repeats=7)
+    report = Report()
+    tiled_tune.TuneConfig(**options, write=True).fill(report)
+    assert written == {
+        "NVIDIA H200": {
+            f"{kernel}, {mask}, bfloat16, 64 features": config
+            for mask in ("full", "masked", "lists")
+            for kernel, config in seconds
+        }
+    }
+    assert [row["kernel"].split(",")[0] for row in report.rows] == [*kernels]
+    assert report.rows[0]["64 columns, persistent, ms"] == "1.000"
+    assert report.rows[2]["64 columns, ms"] == "-"
+    assert "too many registers" in report.records[2]["64 columns error"]
+
+    written.clear()
+    report = Report()
+    tiled_tune.TuneConfig(**options, only="forward, lists").fill(report)
+    assert len(report.rows) == 1 and not written
 
 
 def test_random_lists_are_an_eighth():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import gpu as hopper
 from pallas_kernels import masks
 from pallas_kernels.gpu_proved import Proved
 from pallas_kernels.tiled import (
@@ -36,7 +37,14 @@ from tests.pallas_kernels.tiled.features import (
     with_other_ends,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_processors")
+
+
+@pytest.fixture
+def few_processors(monkeypatch):
+    """Has blocks that are persistent do several items each."""
+    monkeypatch.setattr(hopper, "PROCESSORS", 3)
+
 
 REFUSED = {
     "groups of 16, alibi, sink, bias, dense, causal": r"no groups of keys \(group_size\)",
@@ -123,11 +131,15 @@ def test_tiles(call):
     _check(call, factor=2)  # a gradient may be one small number, not many
 
 
-def test_the_same_twice():
-    """Nothing depends on which warpgroup is the first one."""
-    call = dataclasses.replace(LONG, queries=140, keys=400)
-    first, second = (_kernel(call) for _ in range(2))
-    chex.assert_trees_all_equal(first, second)
+def test_the_same_twice(monkeypatch):
+    """Nothing depends on which warpgroup is the first one, or on which block does what."""
+    call = dataclasses.replace(LONG, queries=300, keys=400)
+    found = []
+    for processors in (2, 2, 132):
+        monkeypatch.setattr(hopper, "PROCESSORS", processors)
+        found.append(_kernel(call))
+    for other in found[1:]:
+        chex.assert_trees_all_equal(other, found[0])
 
 
 def test_what_a_range_hides_may_be_anything():

@@ -50,7 +50,8 @@ def test_kernels(name):
     RECORD.check(name, kernels)
     for kernel in kernels:
         assert kernel.wgmma and kernel.bulk_copies and not kernel.serialized
-        assert kernel.loops in ("copies, wgmma", "copies, wgmma, wgmma")
+        # Where blocks are persistent they copy queries in their one loop, too.
+        assert kernel.loops in ("copies, wgmma", "copies, wgmma, wgmma", "copies, wgmma and copies")
 
 
 @needs_compiler

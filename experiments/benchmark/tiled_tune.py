@@ -1,0 +1,83 @@
+"""Configurations of the GPU kernels of tiled attention, measured on the CUDA device at hand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from experiments.benchmark import gpu
+from experiments.benchmark.measure import ReportConfig, directed
+from experiments.benchmark.table import Report, progress
+from experiments.benchmark.tiled_gpu import random_lists
+from pallas_kernels import masks
+from pallas_kernels.tiled import gpu_tuned, tiled_attention
+from pallas_kernels.tiled.gpu_tuned import Config
+from pallas_kernels.tiled.inputs import Inputs
+
+CONFIGS = {
+    f"{tile} columns{', persistent' if persistent else ''}": Config(tile, persistent)
+    for tile in (128, 64)
+    for persistent in (False, True)
+}
+
+
+@dataclass(frozen=True)
+class TuneConfig(ReportConfig):
+    """Times of the GPU kernels' configurations; writes the fastest into the kernels' table."""
+
+    features: tuple[int, ...] = (64, 128, 192, 256)
+    """Head dimensions."""
+    tokens: int = 8192
+    """Of a sequence."""
+    total: int = 32768
+    """Tokens of all sequences together."""
+    repeats: int = 10
+    """Rounds of calls, of which the fastest counts."""
+    write: bool = False
+    """Add the fastest to the table of the installed package, for this device."""
+
+    def fill(self, report: Report) -> None:
+        """Measures every kernel with every configuration, the other kernels as they are."""
+        gpu.keep_memory()
+        gpu.check_device()
+        fastest = {}
+        for features in self.features:
+            shape = (3, *gpu.shape_of(self.total, self.tokens, features))
+            arrays = tuple(jax.random.normal(jax.random.key(0), shape, jnp.bfloat16))
+            for mask in (None, masks.causal(), random_lists(self.tokens, 128)):
+                x = Inputs(*arrays, *(None,) * (len(Inputs._fields) - 3))._replace(mask=mask)
+                for kernel in gpu_tuned.KERNELS:
+                    key = gpu_tuned.key(kernel, x)
+                    if self.only in key:
+                        found = self._measured(report, key, kernel, mask, arrays)
+                        fastest |= {} if found is None else {key: found}
+        device = jax.devices()[0].device_kind
+        if self.write and fastest:
+            gpu_tuned.write(device, fastest)
+            progress(f"{len(fastest)} configurations for {device} are in {gpu_tuned.file()}")
+
+    def _measured(
+        self, report: Report, key: str, kernel: str, mask: Any, arrays: Sequence[Array]
+    ) -> Config | None:
+        """Adds a row of times; returns what is fastest."""
+        direction = "forward" if kernel == "forward" else "gradient"
+        attention = functools.partial(tiled_attention, mask=mask, implementation="pallas_gpu")
+        function = directed(direction, attention, range(3))
+        row = {"kernel": key}
+        record: dict[str, Any] = dict(row, device=jax.devices()[0].device_kind)
+        times = {}
+        for name, config in CONFIGS.items():
+            jax.clear_caches()  # of what was traced with another configuration
+            with gpu_tuned.trying(kernel, config):
+                found = gpu.measured(record, key, name, gpu.cost, function, arrays, self.repeats)
+            row[f"{name}, ms"] = "-" if found is None else f"{1e3 * found['seconds']:.3f}"
+            if found is not None:
+                times[config] = found["seconds"]
+        report.add(row, record)
+        return min(times, key=times.get) if times else None
