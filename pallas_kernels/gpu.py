@@ -198,9 +198,9 @@ def in_parts(x: Float[Array, "*shape"]) -> list[Array]:
     return [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]
 
 
-def filled(array: Array, tokens: int, features: int) -> list[Array]:
-    """Returns the parts of [B, tokens, heads, features], filled up with zeros."""
-    return in_parts(padded(padded(array, 1, tokens), 3, features))
+def filled(array: Array, tokens: int, features: int, value: float = 0) -> list[Array]:
+    """Returns the parts of [B, tokens, heads, features], filled up with a value."""
+    return in_parts(padded(padded(array, 1, tokens, value), 3, features, value))
 
 
 def whole(size: int, multiple: int = FEATURES) -> int:
@@ -272,6 +272,11 @@ def store(target: Any, value: Array) -> None:
         target[...] = value
 
 
+def loaded(parts: Parts) -> Array:
+    """Returns a matrix in registers, float32."""
+    return sum(plgpu.load(part, layout=MATRIX).astype(jnp.float32) for part in parts)
+
+
 def transposed(matrix: Parts) -> list[Any]:
     """Returns references to the transposes of matrices in SMEM."""
     return [part.T for part in matrix]
@@ -307,6 +312,12 @@ def log1p(x: Array) -> Array:
     # Kahan's: the error of 1 + x is in both factors.
     above = 1 + x
     return jnp.where(above == 1, x, jnp.log(above) * (x / jnp.where(above == 1, 1, above - 1)))
+
+
+def expm1(x: Array) -> Array:
+    """Returns exp(x) - 1, to the last digits where x is small."""
+    small = x * (1 + x * (1 / 2 + x * (1 / 6)))
+    return jnp.where(jnp.abs(x) < 2.0**-6, small, jnp.exp(x) - 1)
 
 
 def iota(size: int, layout: Any) -> Array:

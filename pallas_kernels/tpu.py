@@ -24,14 +24,14 @@ def result(shape: Sequence[int], dtype: Any, like: Array) -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
 
 
-def padded(array: Array, axis: int, size: int) -> Array:
-    """Fills an axis up with zeros."""
+def padded(array: Array, axis: int, size: int, value: float = 0) -> Array:
+    """Fills an axis up with a value."""
     missing = size - array.shape[axis]
     if not missing:
         return array
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, missing)
-    return jnp.pad(array, widths)
+    return jnp.pad(array, widths, constant_values=value)
 
 
 def generation() -> int:

@@ -32,6 +32,20 @@ def taylor(x: Float[Array, "... H"]) -> Float[Array, "... F"]:
     return jnp.concatenate([jnp.ones_like(x[..., :1]), y, *squares], axis=-1)
 
 
+def taylor_products(size: int) -> tuple[list[tuple[int, int]], Float[np.ndarray, "F"]]:
+    """Returns of which two of [x, 1] each feature is the product, and times what."""
+    pairs = [(i, j) for i in range(size) for j in range(i, size)]
+    root = size**-0.25
+    scales = [1, *[root] * size, *(root**2 * (np.sqrt(0.5) if i == j else 1) for i, j in pairs)]
+    pairs = [(size, size), *((i, size) for i in range(size)), *pairs]
+    return pairs, np.array(scales, np.float32)
+
+
+def taylor_size(features: int) -> int:
+    """Returns the size of x that has so many features."""
+    return (math.isqrt(8 * features + 1) - 3) // 2
+
+
 MAPS = {
     "elu": lambda x: jnp.where(x > 0, x, jnp.expm1(jnp.minimum(x, 0))),
     "elu_plus_one": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0))),
@@ -57,6 +71,6 @@ def scores(
     """Returns the products of features, for "taylor" from those of degree 1."""
     if name != "taylor":
         return products.scores(query, key)
-    size = (math.isqrt(8 * query.shape[-1] + 1) - 3) // 2
+    size = taylor_size(query.shape[-1])
     s = products.scores(query[..., 1 : size + 1], key[..., 1 : size + 1])
     return 1 + s + s**2 / 2

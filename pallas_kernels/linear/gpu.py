@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import gpu
 from pallas_kernels.linear import features, gpu_noncausal, gpu_prepared, gpu_scalar
 from pallas_kernels.linear.gpu_call import Call, Spans
+from pallas_kernels.linear.gpu_features import MAPS, NOTHING, TAYLOR, unmapped
 from pallas_kernels.linear.gpu_proved import PROVED
 from pallas_kernels.linear.gpu_walk import CHUNK
 from pallas_kernels.linear.inputs import Inputs, Options, finite
@@ -79,7 +80,8 @@ def forward_keeping(options: Options, *inputs: Array | None) -> tuple[Array, ...
 
 def _forward(options: Options, x: Inputs, *, keep: bool) -> tuple[Array, ...]:
     out_dtype = x.precision if options.epsilon is None else jnp.float32
-    call = _call(options, x, _arrays(options, x), out_dtype)
+    fused = _fused(options, x)
+    call = _call(options, x, _arrays(options, x, fused=fused), out_dtype, fused)
     out, memory, kept = _walks(options, x).forward(call, keep=keep)
     out = out[:, : x.query.shape[1]]
     if options.epsilon is not None:
@@ -103,7 +105,11 @@ def backward(options: Options, names: Sequence[str], *arguments: Array | None) -
     given = {name: getattr(x, name) for name in names}
     _, pull, found = jax.vjp(arrays, given, has_aux=True)
     alone = x.query.shape[2] == x.key.shape[2] == x.value.shape[2]
-    call = _call(options, x, found, x.precision if alone else jnp.float32)
+    given = found
+    if fused := _fused(options, x, backward=True):
+        plain = _arrays(options, x, fused=fused)
+        given = found | {name: plain[name] for name in ("query", "key")}
+    call = _call(options, x, given, x.precision if alone else jnp.float32, fused)
     if options.epsilon is not None:
         # Of what is divided, and of what it is divided by.
         sums = _walks(options, x).forward(call._replace(out_dtype=jnp.float32), keep=False)[0]
@@ -135,8 +141,10 @@ def _walks(options: Options, x: Inputs) -> Any:
     return gpu_prepared if by_row or others else gpu_scalar
 
 
-def _call(options: Options, x: Inputs, arrays: dict[str, Array], out_dtype: DTypeLike) -> Call:
-    """Returns a call of these arrays."""
+def _call(
+    options: Options, x: Inputs, arrays: dict[str, Array], out_dtype: DTypeLike, fused: bool
+) -> Call:
+    """Returns a call of these arrays; if `fused` kernels are to make features."""
     return Call(
         **arrays,
         spans=Spans.of(options, x),
@@ -144,16 +152,39 @@ def _call(options: Options, x: Inputs, arrays: dict[str, Array], out_dtype: DTyp
         dtype=x.precision,
         out_dtype=out_dtype,
         count=x.query.shape[1],
+        feature_map=options.feature_map if fused else None,
     )
 
 
-def _arrays(options: Options, x: Inputs, *, by_token: bool = False) -> dict[str, Array | None]:
-    """Returns the arrays of a `Call`, with logarithms for each token if that is asked for."""
+def _fused(options: Options, x: Inputs, *, backward: bool = False) -> bool:
+    """Returns whether kernels map queries and keys to features themselves."""
+    walks = _walks(options, x)
+    if options.feature_map == TAYLOR:  # which are no values
+        return walks is gpu_scalar and not backward
+    # What XLA prepares, and the derivative of all that is prepared, is of features.
+    prepared = walks is gpu_prepared and (backward or x.log_momentum is not None)
+    return options.feature_map in MAPS and not prepared
+
+
+def _arrays(
+    options: Options, x: Inputs, *, by_token: bool = False, fused: bool = False
+) -> dict[str, Array | None]:
+    """Returns the arrays of a `Call`.
+
+    Args:
+      options: of the call.
+      x: its inputs.
+      by_token: whether logarithms are to be those of each token.
+      fused: whether queries and keys are what kernels make features of.
+    """
     batch, count = x.query.shape[:2]
+    fill = NOTHING.get(options.feature_map, 0) if fused else 0
     tokens, keys = (gpu.whole(array.shape[1], CHUNK) for array in (x.query, x.key))
 
     def mapped(array: Array) -> Array:
-        if options.feature_map is not None:
+        if fused:
+            array = unmapped(options.feature_map, array)
+        elif options.feature_map is not None:
             array = features.mapped(options.feature_map, array.astype(jnp.float32))
         if x.log_momentum is not None:
             array = padded(array, 3, gpu.whole(array.shape[3]))
@@ -184,8 +215,8 @@ def _arrays(options: Options, x: Inputs, *, by_token: bool = False) -> dict[str,
         ones = jnp.ones_like(value, shape=(*value.shape[:3], COUNTS))
         value = jnp.concatenate([value, ones], axis=-1)
     return {
-        "query": padded(mapped(x.query), 1, tokens),
-        "key": padded(mapped(x.key), 1, keys),
+        "query": padded(mapped(x.query), 1, tokens, fill),
+        "key": padded(mapped(x.key), 1, keys, fill),
         "value": padded(value, 1, keys),
         "logs": logs,
         "beta": None if x.beta is None else padded(x.beta.astype(jnp.float32), 1, tokens),

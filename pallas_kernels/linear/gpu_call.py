@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import gpu
 from pallas_kernels.chunks import joined
-from pallas_kernels.linear import products
+from pallas_kernels.linear import features, products
 from pallas_kernels.linear.gpu_walk import CHUNK, Walk, walk
 from pallas_kernels.linear.inputs import GRID, LOWEST, Inputs, Options
 from pallas_kernels.tpu import padded
@@ -53,8 +53,8 @@ class Spans(NamedTuple):
 class Call(NamedTuple):
     """The arrays of a call, in whole chunks of 64 tokens.
 
-    Features, not what they are made of; and where outputs are divided by the sums of weights, more
-    values, of 1, whose outputs are these sums.
+    Features, unless kernels are to make them; and where outputs are divided by the sums of weights,
+    more values, of 1, whose outputs are these sums.
     """
 
     query: Float[Array, "B T N F"]
@@ -77,6 +77,15 @@ class Call(NamedTuple):
     """With it, a memory is two, one above the other, each of whole 64 rows."""
     begins: Bool[Array, "B T"] | None = None
     """Which tokens begin a segment, where there is momentum."""
+    feature_map: str | None = None
+    """What kernels are to apply to queries and keys, see `gpu_features`."""
+
+    def features(self, name: str) -> Array:
+        """Returns the features of queries or keys, where kernels make them for themselves."""
+        array = getattr(self, name)
+        if self.feature_map is None:
+            return array
+        return features.mapped(self.feature_map, array.astype(jnp.float32)).astype(self.dtype)
 
     @property
     def memories(self) -> int:

@@ -18,7 +18,7 @@ def forward(call: Call, *, keep: bool) -> tuple[Array, Array, Array | None]:
     """Returns the outputs, the last state and, if asked for, that to keep."""
     memory = call.memory + _sum(call, call.key, call.value)
     kept = memory.astype(call.dtype)
-    out = call.scale * _read(call.query, kept)
+    out = call.scale * _read(call.features("query"), kept)
     return out.astype(call.out_dtype), memory, kept[:, None] if keep else None
 
 
@@ -38,7 +38,7 @@ def backward(
     if "key" in names:
         gradients["key"] = _read(call.value, transposed(narrow))
     if "value" in names:
-        gradients["value"] = _read(call.key, narrow)
+        gradients["value"] = _read(call.features("key"), narrow)
     return {name: gradients[name] for name in names}
 
 
@@ -51,7 +51,13 @@ def _sum(
     span = -(-chunks // max(gpu.PROCESSORS // (batch * memories), 1))
     shape = batch, -(-chunks // span), *call.memory.shape[1:]
     zeros = jnp.zeros_like(call.memory, shape=shape)
-    given = Walk(writer, value, zeros, span=span, dtype=call.dtype)
+    given = Walk(
+        *(writer, value, zeros),
+        span=span,
+        dtype=call.dtype,
+        feature_map=call.feature_map,
+        mapped=("writer",),
+    )
     return jnp.sum(walk(given, "linear_sum").memory, axis=1)
 
 

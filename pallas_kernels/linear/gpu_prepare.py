@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
 from pallas_kernels.linear.gpu_call import Call, numbers
+from pallas_kernels.linear.gpu_features import NOTHING
 from pallas_kernels.linear.gpu_prepare_chunk import SQUARE, Chunks, Plan
 from pallas_kernels.linear.gpu_walk import CHUNK, NUMBERS
 from pallas_kernels.tpu import padded, result
@@ -45,7 +46,8 @@ def prepare(call: Call) -> Prepared:
     channels, delta = logs is not None and logs.ndim == 4, call.beta is not None
     features, chunks = gpu.whole(size), tokens // CHUNK
     like = functools.partial(result, like=call.key)
-    arrays = {"query": padded(call.query, 3, features), "key": padded(call.key, 3, features)}
+    fill = NOTHING.get(call.feature_map, 0)
+    arrays = {name: padded(getattr(call, name), 3, features, fill) for name in ("query", "key")}
     results = {"scores": like((batch, tokens, memories, CHUNK), call.dtype)}
     of_tokens = None
     if channels:
@@ -75,6 +77,7 @@ def prepare(call: Call) -> Prepared:
         alone=of_tokens is not None and of_tokens.shape[0] == 1,
         delta=delta,
         dtype=call.dtype,
+        feature_map=call.feature_map,
     )
     results = gpu.run(
         functools.partial(_kernel, plan),
@@ -100,7 +103,8 @@ def prepare(call: Call) -> Prepared:
             decays = jnp.swapaxes(of_tokens[:, :, NUMBERS.index("since"), CHUNK - 1 :: CHUNK], 1, 2)
         results["decays"] = jnp.broadcast_to(decays[..., None], shape)
     if logs is None:
-        results |= {"reader": of_memories(call.query), "writer": of_memories(call.key)}
+        results["reader"] = of_memories(call.features("query"))
+        results["writer"] = of_memories(call.features("key"))
     return Prepared(
         *(results[name][..., :size] for name in ("reader", "writer")),
         scores=results["scores"],

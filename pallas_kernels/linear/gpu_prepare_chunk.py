@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels import gpu
+from pallas_kernels.linear.gpu_features import MAPS
 from pallas_kernels.linear.gpu_walk import CHUNK, NUMBERS
 from pallas_kernels.linear.inputs import LOWEST
 
@@ -51,6 +52,8 @@ class Plan(NamedTuple):
     """Whether those of all batch rows are."""
     delta: bool
     dtype: DTypeLike
+    feature_map: str | None
+    """What queries and keys are mapped by, one of `gpu_features.MAPS`."""
 
     @property
     def exact(self) -> bool:
@@ -119,6 +122,16 @@ class Chunks:
         tile = self.scratch[name].at[lax.optimization_barrier(slot)]
         return plgpu.load(tile, layout=gpu.MATRIX).astype(jnp.float32)
 
+    def map(self, slot: Array, *names: str) -> None:
+        """Puts features in the place of what they are made of."""
+        if self.plan.feature_map is None:
+            return
+        for name in names:
+            features = MAPS[self.plan.feature_map](self.loaded(name, slot))
+            tile = self.scratch[name].at[lax.optimization_barrier(slot)]
+            tile[...] = features.astype(tile.dtype)
+        plgpu.commit_smem()
+
     def tokens(self, step: Array) -> Any:
         """Returns the tokens of a chunk."""
         return pl.ds((self.first + step) * CHUNK, CHUNK)
@@ -145,6 +158,7 @@ class Chunks:
         weights = _cut(inverse * gpu.down(of_column, SQUARE), 2)
 
         def erase(slot: Array, tile: Array, carry: list[Array]) -> list[Array]:
+            self.map(slot, "key")
             keys = self.loaded("key", slot)
             keys = self.put(keys * self.since(step, slot), plan.fine, 2)
             self.write("erase", gpu.product(weights, keys), step, tile)
@@ -186,6 +200,7 @@ class Chunks:
 
     def scores(self, step: Array, slot: Array, tile: Array, scores: list[Array]) -> list[Array]:
         """Adds what a tile of features adds to scores, without decays."""
+        self.map(slot, "query", "key")
         keys = self.operand("key", slot)
         exact, query = self.plan.exact, self.scratch["query"].at[slot]
         queries = _cut(self.loaded("query", slot), 2) if exact else [query]
@@ -205,6 +220,7 @@ class Chunks:
     ) -> list[Array]:
         """Adds what a tile of features adds to scores, with a decay for each of them."""
         plan = self.plan
+        self.map(slot, "query", "key")
         self.cut_logs(slot)
         self.write_decays(step, tile)
 

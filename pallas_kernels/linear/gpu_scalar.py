@@ -29,6 +29,8 @@ def forward(call: Call, *, keep: bool) -> tuple[Array, Array, Array | None]:
         scale=call.scale,
         out_dtype=call.out_dtype,
         dtype=call.dtype,
+        feature_map=call.feature_map,
+        mapped=("reader", "writer"),
     )
     given = begun(given, logs, call.spans, "linear_state")
     given = given._replace(reader=call.query, keep=call.spans.kept if keep else 0)
@@ -60,6 +62,8 @@ def backward(
         reverse=True,
         out_dtype=out_dtype,
         dtype=call.dtype,
+        feature_map=call.feature_map,
+        mapped=("reader", "writer"),
     )
     back = begun(back, logs, spans, "linear_state_gradient")
     gradients = {}
@@ -72,6 +76,8 @@ def backward(
             keep=keep,
             out_dtype=out_dtype,
             dtype=call.dtype,
+            feature_map=call.feature_map,
+            mapped=("value",),
         )
         walked = walk(given, "linear_backward_query")
         gradients["query"], before = walked.out, walked.kept
@@ -82,11 +88,12 @@ def backward(
             memory=transposed(back.memory),
             reader=call.value,
             keep=keep,
+            mapped=("value",),
         )
         walked = walk(given, "linear_backward_key")
         gradients["key"], gradients["memory"] = walked.out, transposed(walked.memory[:, 0])
     if decays:
-        changes = _dots(call.query, gradients["query"]) - _dots(call.key, gradients["key"])
+        changes = _dots(call, "query", gradients) - _dots(call, "key", gradients)
         d_before = transposed(gradients["memory"])[:, None].astype(call.dtype)
         d_before = jnp.concatenate([d_before, walked.kept[:, :-1]], axis=1)
         first = jnp.sum(before.astype(jnp.float32) * d_before, axis=(-2, -1))
@@ -97,12 +104,12 @@ def backward(
     return {name: gradients[name] for name in names}
 
 
-def _dots(rows: Float[Array, "B T N F"], gradients: Float[Array, "B T M F"]) -> Array:
-    """Returns the product of each row and its gradient, [B, T, M]."""
+def _dots(call: Call, name: str, gradients: dict[str, Array]) -> Float[Array, "B T M"]:
+    """Returns the product of each token's features and their gradient."""
+    rows = call.features(name).astype(jnp.float32)
     batch, tokens, heads, size = rows.shape
-    gradients = gradients.reshape(batch, tokens, heads, -1, size)
-    products = jnp.sum(rows[:, :, :, None].astype(jnp.float32) * gradients, axis=-1)
-    return products.reshape(batch, tokens, -1)
+    gradient = gradients[name].reshape(batch, tokens, heads, -1, size)
+    return jnp.sum(rows[:, :, :, None] * gradient, axis=-1).reshape(batch, tokens, -1)
 
 
 def _d_logs(

@@ -8,6 +8,7 @@ writers K, [64, F], values v, [64, V], and scores P, [64, 64],
     S' = D S + K^T diag(until) e  -  W^T o           or without the last term
 
 Scores are given, or are R K^T times the decays between tokens; W, since, until and D may be none.
+R, K and v may be features of what is given.
 The walk goes to the last token or, with what a token reads and writes changed round, to the first:
 so the gradients of a walk are walks. A block of the grid has some columns of the memory, half of
 them in the registers of each of two warpgroups that compute, in float32; for the matrix units there
@@ -15,7 +16,7 @@ is a copy in SMEM. A third warpgroup copies chunks ahead of them.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
+from pallas_kernels.linear import gpu_features
+from pallas_kernels.linear.gpu_features import NOTHING, TAYLOR
 from pallas_kernels.tpu import result
 
 CHUNK = gpu.ROWS
@@ -79,6 +82,11 @@ class Walk(NamedTuple):
     out_dtype: DTypeLike = jnp.float32
     dtype: DTypeLike = jnp.float32
     """Of states that are kept, and of e."""
+    feature_map: str | None = None
+    """Name of the map of what is `mapped`."""
+    mapped: Collection[str] = ()
+    """Which of "reader", "writer" and, unless the map is "taylor", "value" are given as what
+    features are made of, see `gpu_features.unmapped`."""
 
 
 class Walked(NamedTuple):
@@ -113,6 +121,13 @@ class _Plan(NamedTuple):
     correct: bool
     scale: float
     exact: bool
+    feature_map: str | None
+    mapped: Collection[str]
+
+    @property
+    def expands(self) -> bool:
+        """Returns whether features have places of their own."""
+        return self.feature_map == TAYLOR
 
     @property
     def rows(self) -> list[Any]:
@@ -127,13 +142,20 @@ def walk(given: Walk, name: str) -> Walked:
     batch, tokens, _, _ = given.writer.shape
     _, spans, memories, size, width = given.memory.shape
     features, columns = gpu.whole(size), gpu.whole(width)
+    given = given._replace(mapped=_mapped(given))
+    sizes = {"writer": features, "value": columns, "reader": features, "erase": features}
+    if given.feature_map == TAYLOR:
+        sizes |= dict.fromkeys(given.mapped, gpu_features.NUMBERS)
     arrays = {
-        "writer": gpu.filled(given.writer, tokens, features),
-        "value": gpu.filled(given.value, tokens, columns),
+        array: gpu.filled(
+            getattr(given, array),
+            tokens,
+            count,
+            NOTHING.get(given.feature_map, 0) if array in given.mapped else 0,
+        )
+        for array, count in sizes.items()
+        if getattr(given, array) is not None
     }
-    for array in ("reader", "erase"):
-        if getattr(given, array) is not None:
-            arrays[array] = gpu.filled(getattr(given, array), tokens, features)
     if given.scores is not None:
         arrays["scores"] = gpu.in_parts(given.scores)
     plan = _plan(given, arrays, features, columns)
@@ -147,6 +169,8 @@ def walk(given: Walk, name: str) -> Walked:
         arrays["decays"] = jnp.pad(given.decays, ((0, 0),) * 3 + ((0, features - size),))
     if given.mixing is not None:
         arrays["decays"] = jnp.pad(given.mixing, ((0, 0),) * 3 + ((0, MIXING - 3),))
+    if plan.expands:
+        arrays |= gpu_features.taylor_arrays(size, features)
     like = functools.partial(result, like=given.writer)
     results = {"memory": like(arrays["memory"].shape, jnp.float32)}
     if given.reader is not None:
@@ -183,7 +207,8 @@ def _plan(given: Walk, arrays: dict[str, Any], features: int, width: int) -> _Pl
     """Chooses how many columns a warpgroup has, and how far copies go ahead."""
     chunks = given.writer.shape[1] // CHUNK
     parts, item = len(arrays["writer"]), arrays["writer"][0].dtype.itemsize
-    rows = len({"reader", "writer", "erase"} & set(arrays)) * features
+    rows = sum(arrays[name][0].shape[3] for name in ("reader", "writer", "erase") if name in arrays)
+    expanded = features * len(given.mapped) if given.feature_map == TAYLOR else 0
     rows += CHUNK if given.scores is not None else 0
     for columns in (64, 32) if parts == 1 else (32,):
         both = gpu.COMPUTING * columns
@@ -193,6 +218,8 @@ def _plan(given: Walk, arrays: dict[str, Any], features: int, width: int) -> _Pl
         stage += 4 * MIXING if given.mixing is not None else 0
         staged = _staged(given)
         fixed = both * parts * item * (features + CHUNK * len(staged))
+        if expanded:
+            fixed += CHUNK * parts * item * expanded + 4 * gpu_features.NUMBERS * features
         if given.reader is not None:
             fixed += both * CHUNK * jnp.dtype(given.out_dtype).itemsize
         stages = min((gpu.SMEM_BYTES - 4096 - fixed) // stage, 4, max(chunks, 1))
@@ -213,7 +240,15 @@ def _plan(given: Walk, arrays: dict[str, Any], features: int, width: int) -> _Pl
         correct=given.correct,
         scale=given.scale,
         exact=parts > 1,
+        feature_map=given.feature_map if given.mapped else None,
+        mapped=given.mapped,
     )
+
+
+def _mapped(given: Walk) -> list[str]:
+    """Names what a walk maps."""
+    there = (name for name in given.mapped if getattr(given, name) is not None)
+    return [] if given.feature_map is None else [*there]
 
 
 def _staged(given: Walk) -> list[str]:
@@ -239,8 +274,14 @@ def _scratch(plan: _Plan, given: Walk, arrays: dict[str, Any], features: int) ->
                 scratch[name] = space(both * stages, CHUNK, columns)
             case "scores":
                 scratch[name] = space(stages, CHUNK, CHUNK)
+            case _ if plan.expands and name in plan.mapped:
+                shape = stages, CHUNK, gpu_features.NUMBERS
+                scratch[name] = [gpu.smem(shape, dtype, 32)] * parts
+                scratch[f"{name} features"] = space(1, CHUNK, features)
             case _:
                 scratch[name] = space(stages, CHUNK, features)
+    if plan.expands:
+        scratch |= gpu_features.taylor_space(features)
     for name in _staged(given):
         scratch[name] = space(both, CHUNK, columns)
     copies = parts * (len(arrays) + both - 1)
@@ -255,6 +296,8 @@ def _scratch(plan: _Plan, given: Walk, arrays: dict[str, Any], features: int) ->
         scratch["out"] = gpu.smem((both, CHUNK, columns), given.out_dtype, columns)
     scratch["ready"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     scratch["free"] = plgpu.Barrier(num_arrivals=both, num_barriers=stages)
+    if plan.mapped:
+        scratch["mapped"] = plgpu.Barrier(num_arrivals=both)
     return scratch
 
 
@@ -272,6 +315,8 @@ def _kernel(
     @pl.when(place["warpgroup"] == gpu.COMPUTING)
     def _() -> None:
         plgpu.set_max_registers(REGISTERS_COPYING, action="decrease")
+        if plan.expands:
+            gpu_features.copy_taylor(arguments, scratch)
         lax.fori_loop(0, step.count, step.copy, None)
 
     @pl.when(place["warpgroup"] < gpu.COMPUTING)
@@ -287,6 +332,8 @@ def _kernel(
             for rows in plan.rows
         ]
         step.remember(memory)
+        if plan.expands:
+            plgpu.barrier_wait(scratch["chosen"])
         memory = lax.fori_loop(0, step.count, step, memory)
         for rows, part in zip(plan.rows, memory, strict=True):
             gpu.store(last.at[rows, columns], part)
@@ -374,11 +421,12 @@ class _Step:
         if plan.keep:
             self.keep(step, memory)
         plgpu.barrier_wait(scratch["ready"].at[slot])
+        self.map(slot)
         here = functools.partial(self.here, slot)
         value, at = here("value"), (self.batch, pl.ds(self.chunk(step) * CHUNK, CHUNK), self.memory)
         if plan.correct:
             read = gpu.product(here("erase"), here("state"))
-            wrong = _loaded(value) - read
+            wrong = gpu.loaded(value) - read
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             value = self.put("corrected", wrong)
             target = self.results["corrected"].at[(*at, self.columns(self.warpgroup))]
@@ -394,7 +442,7 @@ class _Step:
                 self.put("taken", -out)
         if "numbers" in scratch:
             until = self.number(slot, "until")
-            weighed = _loaded(value)
+            weighed = gpu.loaded(value)
             value = self.put("weighed", weighed * gpu.across(until, weighed.shape))
         memory = self.decayed(slot, memory)
         pairs = [("writer", value), ("erase", here("taken"))] if takes else [("writer", value)]
@@ -410,18 +458,54 @@ class _Step:
         self.remember(memory)
         return memory
 
+    def map(self, slot: Array) -> None:
+        """Makes features; of what both warpgroups need, each makes those of a matrix."""
+        mapped = self.plan.mapped
+        if "value" in mapped:
+            self.map_matrix(slot, "value")
+        shared = [name for name in ("reader", "writer") if name in mapped]
+        if self.plan.expands:
+            self.meet()  # both are done with the features before
+        for warpgroup, name in enumerate(shared):
+            one = functools.partial(self.map_matrix, slot, name)
+            pl.when(self.warpgroup == warpgroup)(one)
+        if mapped:
+            plgpu.commit_smem()
+        if shared:
+            self.meet()
+
+    def map_matrix(self, slot: Array, name: str) -> None:
+        """Makes the features of a matrix."""
+        parts = gpu.at(self.scratch[name], self.index(slot, name))
+        if self.plan.expands:
+            target = self.here(slot, name)
+            gpu_features.map_taylor(parts, target, self.fill, self.arguments, self.scratch)
+        else:
+            gpu_features.map_each(self.plan.feature_map, parts, self.fill)
+
+    def meet(self) -> None:
+        """Waits for the other warpgroup that computes."""
+        plgpu.barrier_arrive(self.scratch["mapped"])
+        plgpu.barrier_wait(self.scratch["mapped"])
+
     def here(self, slot: Array | None, name: str) -> list[Any]:
         """Returns references to a matrix of the chunk in a slot, or of the warpgroup.
 
         What is known of it is made where it is used: descriptors of all matrices, made ahead of a
         loop, would take more registers than there are.
         """
+        if self.plan.expands and name in self.plan.mapped:
+            return gpu.at(self.scratch[f"{name} features"], lax.optimization_barrier(jnp.int32(0)))
+        return gpu.at(self.scratch[name], self.index(slot, name))
+
+    def index(self, slot: Array | None, name: str) -> Array:
+        """Returns which of the matrices of a name is that of a slot, or of the warpgroup."""
         index = self.warpgroup
         if name == "value":
             index = gpu.COMPUTING * slot + index
         elif name in self.matrices:
             index = slot
-        return gpu.at(self.scratch[name], lax.optimization_barrier(index))
+        return lax.optimization_barrier(index)
 
     def read(self, step: Array, slot: Array, here: Callable[[str], Any], value: Any) -> Array:
         """Returns the outputs of a chunk."""
@@ -518,14 +602,12 @@ class _Step:
     def put(self, name: str, matrix: Array, rows: Any = slice(None)) -> list[Any]:
         """Puts a matrix where the matrix units can read it, and returns the references."""
         parts = self.here(None, name)
-        narrow = parts[0].dtype
-        values = gpu.in_parts(matrix) if self.plan.exact else [matrix.astype(narrow)]
-        for part, value in zip(parts, values, strict=True):
-            part.at[rows][...] = value
+        self.fill([part.at[rows] for part in parts], matrix)
         plgpu.commit_smem()
         return parts
 
-
-def _loaded(parts: gpu.Parts) -> Array:
-    """Returns a matrix in registers, float32."""
-    return sum(plgpu.load(part, layout=gpu.MATRIX).astype(jnp.float32) for part in parts)
+    def fill(self, parts: gpu.Parts, matrix: Array) -> None:
+        """Puts float32 values into SMEM."""
+        values = gpu.in_parts(matrix) if self.plan.exact else [matrix.astype(parts[0].dtype)]
+        for part, value in zip(parts, values, strict=True):
+            part[...] = value

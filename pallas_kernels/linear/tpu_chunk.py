@@ -264,15 +264,14 @@ def taylor_matrices(call: Call) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       A and B, [2, H, F], and the rows a, b and c, [3, F].
     """
-    pairs = [(i, j) for i in range(call.size) for j in range(i, call.size)]
     chosen = np.zeros((2, call.features, call.mapped), np.float32)
     rows = np.zeros((3, call.mapped), np.float32)
-    root = call.size**-0.25
-    rows[:, 0] = 1
-    for i in range(call.size):
-        chosen[0, i, 1 + i] = 1
-        rows[1:, 1 + i] = 1, root
-    for f, (i, j) in enumerate(pairs, 1 + call.size):
-        chosen[0, i, f] = chosen[1, j, f] = 1
-        rows[2, f] = root**2 * (np.sqrt(0.5) if i == j else 1)
+    pairs, scales = features.taylor_products(call.size)
+    rows[2, : len(scales)] = scales
+    for column, pair in enumerate(pairs):
+        for side, i in enumerate(pair):
+            if i < call.size:
+                chosen[side, i, column] = 1
+            else:
+                rows[side, column] = 1
     return chosen, rows

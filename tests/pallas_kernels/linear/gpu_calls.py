@@ -13,7 +13,7 @@ from tests.numerics import assert_close
 from tests.pallas_kernels.linear.cases import ONE, TPU_CASES, Case
 
 GPU_CASES = {
-    "nothing decays, float16": Case(65, 1, 1, 1, decay=None, state=True),
+    "elu, nothing decays, float16": Case(65, 1, 1, 1, decay=None, feature_map="elu", state=True),
     "decay, bfloat16": Case(128, **ONE, width=70),
     "decay, segments": Case(
         70,
@@ -44,10 +44,21 @@ GPU_CASES = {
     ),
     "channels, no sum of weights to add to": TPU_CASES["channels, no sum of weights to add to"],
     "delta, bfloat16": Case(70, 1, 2, 1, decay=None, beta=True),
-    "delta, steps, groups of both": Case(
-        70, 1, 1, 1, value_heads=2, decay="step", beta=True, segments=True, state=True
+    "delta, steps, groups of both, elu": Case(
+        70,
+        1,
+        1,
+        1,
+        value_heads=2,
+        decay="step",
+        beta=True,
+        feature_map="elu",
+        segments=True,
+        state=True,
     ),
-    "delta, channels, bfloat16": Case(131, **ONE, decay="channel", beta=True),
+    "delta, channels, relu, bfloat16": Case(
+        131, **ONE, decay="channel", beta=True, feature_map="relu"
+    ),
     "momentum": Case(
         70,
         1,
@@ -64,6 +75,18 @@ GPU_CASES = {
     "delta of features": Case(65, **ONE, features=5, decay=-0.1, beta=True, feature_map="taylor"),
     "taylor, bfloat16": Case(
         128, **ONE, features=5, decay=None, normalize=True, feature_map="taylor"
+    ),
+    "taylor, steps, groups, state": Case(
+        70,
+        1,
+        2,
+        1,
+        features=7,
+        decay="step",
+        normalize=True,
+        feature_map="taylor",
+        segments=True,
+        state=True,
     ),
     "one token": Case(1, **ONE),
     "all": Case(70, 1, 2, 1, decay=None, causal=False, keys=140, scale=0.25),

@@ -4,6 +4,8 @@ There memory that nothing was written to is NaN, and races are errors. See tests
 tiled/test_gpu.py for what it knows nothing of.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.gpu_proved import Proved
-from pallas_kernels.linear import gpu, gpu_call, linear_attention
+from pallas_kernels.linear import features, gpu, gpu_call, linear_attention
 from tests.gpu import PRODUCTS_IN_PARTS, interpreted
 from tests.numerics import assert_close
 from tests.pallas_kernels.linear.cases import ONE, Case, equal_keys, of_rows
@@ -69,6 +71,25 @@ def test_spans(case, monkeypatch):
     monkeypatch.setattr(gpu_call.Spans, "of", classmethod(spans))
     _check(case, jnp.float32)
     assert found[0].count > 1
+
+
+@pytest.mark.parametrize("name", ["elu", "elu_plus_one", "relu", "taylor"])
+def test_features_are_made_by_the_walks(name, monkeypatch):
+    """Nothing as large as all features is written and read again."""
+
+    def mapped(*_):
+        raise AssertionError("XLA makes features")
+
+    monkeypatch.setattr(features, "mapped", mapped)
+
+    def attend(implementation, x):
+        options = dict(feature_map=name, implementation=implementation)
+        return jnp.sum(linear_attention(x, x, x, log_decay=jnp.zeros(1), **options))
+
+    x = jnp.ones((1, 100, 1, 6), jnp.bfloat16)
+    jax.eval_shape(functools.partial(attend, "pallas_gpu"), x)
+    with pytest.raises(AssertionError, match="XLA makes features"):
+        jax.eval_shape(functools.partial(attend, "xla"), x)
 
 
 def test_the_same_twice():
@@ -191,9 +212,8 @@ def test_parts_of_a_call():
     """Whatever makes a kernel another one has a name of its own."""
     parts = {name: parts_of(case, dtype_of(name)) for name, case in GPU_CASES.items()}
     assert len(set(parts.values())) == len(parts)
-    assert (
-        "bfloat16, delta rule, decay of a token and feature" in parts["delta, channels, bfloat16"]
-    )
+    delta = parts["delta, channels, relu, bfloat16"]
+    assert "bfloat16, delta rule, decay of a token and feature" in delta
     grouped = parts["steps, groups of both, wide, relu"]
     assert {"more values than queries", "features: relu", "normalised"} <= grouped
     assert "float32, 192 of keys" in grouped
