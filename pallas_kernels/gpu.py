@@ -36,7 +36,7 @@ SMEM_BYTES = 227 * 1024
 """Shared memory of a block."""
 
 PROCESSORS = 132
-"""Of a Hopper GPU: H100 (SXM) and H200."""
+"""Of a Hopper GPU, H100 (SXM) or H200, the most that one has: see `processors`."""
 
 MATRIX = plgpu.Layout.WGMMA
 """How a matrix lies in the registers of a warpgroup."""
@@ -46,6 +46,9 @@ OF_ROWS = MATRIX.reduce(1)
 
 OF_COLUMNS = MATRIX.reduce(0)
 """How values of its columns do."""
+
+LINE = 128
+"""Numbers of which each thread of a warpgroup has one."""
 
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
@@ -116,6 +119,12 @@ def run(
     return results.unflatten(outs)
 
 
+def processors() -> int:
+    """Returns how many the GPU has, if there is one."""
+    here = jax.devices()[0] if jax.default_backend() == "gpu" else None
+    return min(getattr(here, "core_count", PROCESSORS), PROCESSORS)
+
+
 class Work(NamedTuple):
     """What the blocks of a kernel have to do, in items."""
 
@@ -134,7 +143,7 @@ class Work(NamedTuple):
     def grid(self) -> dict[str, int]:
         """Returns that of the kernel."""
         if self.persistent:
-            return {"processor": min(PROCESSORS, self.count)}
+            return {"processor": min(processors(), self.count)}
         return dict(self.sizes)
 
     def each(
@@ -295,6 +304,18 @@ def matrix(value: float, shape: tuple[int, int]) -> Array:
 def of_rows(value: float, rows: int = ROWS) -> Array:
     """Returns float32 values of rows, all the same."""
     return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), OF_ROWS)
+
+
+def line(ref: Any) -> Array:
+    """Returns `LINE` numbers that lie anywhere, each in a thread."""
+    return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED((LINE,), 1), optimized=False)
+
+
+def line_of(value: float) -> Array:
+    """Returns `LINE` float32 numbers, all the same."""
+    return plgpu.layout_cast(
+        jnp.full((LINE,), value, jnp.float32), plgpu.Layout.WG_STRIDED((LINE,), 1)
+    )
 
 
 def across(values: Array, shape: tuple[int, int]) -> Array:

@@ -41,7 +41,7 @@ class Spans(NamedTuple):
         """
         chunks, kept = -(-x.query.shape[1] // CHUNK), options.kept // CHUNK
         blocks = x.query.shape[0] * x.heads * -(-x.value.shape[3] // (2 * CHUNK))
-        count = max(min(gpu.PROCESSORS // blocks, chunks // SHORTEST), 1)
+        count = max(min(gpu.processors() // blocks, chunks // SHORTEST), 1)
         groups = -(-chunks // kept)
         return cls(chunks, -(-groups // count) * kept, kept)
 

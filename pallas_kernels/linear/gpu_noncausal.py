@@ -48,7 +48,7 @@ def _sum(
     """Returns the sum of the products of what writes and of values."""
     batch, memories, *_ = call.memory.shape
     chunks = writer.shape[1] // CHUNK
-    span = -(-chunks // max(gpu.PROCESSORS // (batch * memories), 1))
+    span = -(-chunks // max(gpu.processors() // (batch * memories), 1))
     shape = batch, -(-chunks // span), *call.memory.shape[1:]
     zeros = jnp.zeros_like(call.memory, shape=shape)
     given = Walk(

@@ -119,7 +119,7 @@ def _steps(chunks: int, memories: int) -> int:
 
     def waves(steps: int) -> int:
         blocks = -(-chunks // (gpu.COMPUTING * steps)) * memories
-        return -(-blocks // gpu.PROCESSORS)
+        return -(-blocks // gpu.processors())
 
     # Copies go ahead in a block alone: of equals, the most.
     return min(range(1, MOST_STEPS + 1), key=lambda steps: (waves(steps) * steps, waves(steps)))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
 from pallas_kernels.tiled import gpu_tuned, tiles
-from pallas_kernels.tiled.gpu_backward import backward
+from pallas_kernels.tiled.gpu_backward import backward, has_space_by_distance
 from pallas_kernels.tiled.gpu_operands import At, Operands, Tiling
 from pallas_kernels.tiled.gpu_proved import PROVED
 from pallas_kernels.tiled.gpu_stream import (
@@ -62,8 +62,12 @@ def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ())
                 f"blocks of a list must be multiples of {gpu.ROWS} tokens; got block_q "
                 f"{blocks.block_q} and block_k {blocks.block_k}"
             )
-    if "table" in gradients:
-        return "it has no gradient of relative_bias"
+    if "table" in gradients and not has_space_by_distance(inputs):
+        keys, features = inputs.key.shape[1], inputs.query.shape[3]
+        return (
+            f"for the gradient of relative_bias with {keys} keys and heads of {dtype} of "
+            f"{features} features there is no space in shared memory"
+        )
     return None
 
 
@@ -217,13 +221,15 @@ def _attend(
 ) -> tuple[Sums, Array]:
     """Visits the keys of a tile of queries; returns also the number of all tiles visited so far."""
     refs, exact = arguments["operands"], len(arguments["query"]) > 1
-    query, narrow = gpu.at(scratch["query"], warpgroup), scratch["value"][0].dtype
+    narrow = scratch["value"][0].dtype
     turns = Turns(scratch["turn"], warpgroup, plan.streams == 1)
     width = scratch["value"][0].shape[-1]
 
     def visit(slot: Array, number: Array, masked: bool, sums: Sums) -> Sums:
         at = At(stream.batch, stream.head, row, number * plan.tiling.tile)
         plgpu.barrier_wait(scratch["key_ready"].at[slot])
+        # Descriptors of the queries, made ahead of the loop, would take registers.
+        query = gpu.at(scratch["query"], lax.optimization_barrier(warpgroup))
         key = gpu.transposed(gpu.at(scratch["key"], slot))
         products = gpu.product(query, key, turns.change)
         plgpu.barrier_arrive(scratch["key_free"].at[slot])
@@ -362,7 +368,7 @@ def _plan(options: Options, x: Inputs, features: int, width: int) -> Plan:
     tile, stages = tile_of(fixed, column, most, block_k, keys)
     tiling = Tiling(gpu.whole(queries, both), gpu.whole(keys, tile), tile, heads, False)
     grid = Grid(queries, keys, both // streams, tile)
-    return Plan(tiling, grid, streams, stages, True, config and config.persistent)
+    return Plan(tiling, grid, streams, stages, config and config.persistent)
 
 
 def _most(options: Options, x: Inputs, width: int) -> int:

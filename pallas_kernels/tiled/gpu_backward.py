@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels import gpu
 from pallas_kernels.masks import same_heads
-from pallas_kernels.tiled import gpu_tuned
+from pallas_kernels.tiled import gpu_distances, gpu_tuned
 from pallas_kernels.tiled.gpu_operands import At, Operands, Tiling
 from pallas_kernels.tiled.gpu_stream import (
     FUNCTIONS,
@@ -61,7 +62,8 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     gradients = {}
     of_queries = [name for name in names if name not in by_keys | {"sink"}]
     if of_queries:
-        gradients |= call(transposed=False).of_queries(of_queries)
+        prepared = call(transposed=False, by_distance="table" in names)
+        gradients |= prepared.of_queries(of_queries)
     of_keys, call = [name for name in names if name in by_keys], call(transposed=True)
     groups = [of_keys]
     if call.features + call.width > BOTH[x.query.dtype == jnp.float32]:
@@ -77,6 +79,18 @@ def _is_of_keys(bias: Array | None) -> bool:
     return bias is not None and bias.shape[2] == 1 < bias.shape[3]
 
 
+def has_space_by_distance(x: Inputs) -> bool:
+    """Returns whether shared memory has space for a tile beside sums by distance."""
+    lists, _ = split(x.mask)
+    both = gpu.COMPUTING * gpu.ROWS
+    streams = gpu.COMPUTING if lists and common_blocks(lists)[0] % both else 1
+    parts = len(gpu.in_parts(jnp.zeros((), x.query.dtype)))
+    features = sum(gpu.whole(array.shape[3]) for array in (x.query, x.value))
+    size, columns = 2 * parts * features, gpu.whole(x.key.shape[1])
+    fixed = both * size + gpu_distances.size(columns)
+    return tile_of(fixed, streams * size, gpu_distances.MOST_COLUMNS, 0, columns)[1] > 0
+
+
 class _Call:
     """A call of the backward, prepared for kernels with tiles of queries, or of keys."""
 
@@ -89,13 +103,14 @@ class _Call:
         delta: Array,
         *,
         transposed: bool,
+        by_distance: bool = False,
     ):
-        """Prepares a call, with rows of keys if `transposed`."""
+        """Prepares a call, with rows of keys if `transposed`, or for sums by distance."""
         self.x = x
         self.batch, self.queries, self.heads, _ = x.query.shape
         self.keys, self.kv_heads = x.key.shape[1:3]
         self.features, self.width = (gpu.whole(a.shape[3]) for a in (x.query, x.value))
-        self.plan = _plan(options, x, self.features + self.width, transposed)
+        self.plan = _plan(options, x, self.features + self.width, transposed, by_distance)
         self.rows = self.plan.tiling.rows
         queries, keys = self.rows, self.plan.tiling.columns
         queries, keys = (keys, queries) if transposed else (queries, keys)
@@ -114,7 +129,10 @@ class _Call:
         x, tiling = self.x, self.plan.tiling
         tiles = schedule(x.mask, self.plan.grid)
         results = {"query": self._matrix("query", self.features, x.query.dtype)}
-        results |= {name: self._of_rows() for name in names if name != "query"}
+        results |= {name: self._of_rows() for name in names if name not in ("query", "table")}
+        if "table" in names:
+            shape = self.rows // gpu.ROWS, gpu_distances.count(tiling.columns)
+            results["table"] = result((self.batch, self.heads, *shape), jnp.float32, x.query)
         each = "bias" in names and min(x.bias.shape[2:]) > 1
         if each:
             shape = (self.batch, self.heads, self.rows, tiling.columns)
@@ -126,6 +144,9 @@ class _Call:
             array = getattr(x, name)
             if name == "query":
                 gradients[name] = total[:, : self.queries, :, : array.shape[3]]
+                continue
+            if name == "table":
+                gradients[name] = gpu_distances.gradient(total, x, tiling)
                 continue
             total = total[:, :, : self.queries]
             if name == "slopes":
@@ -201,6 +222,8 @@ class _Call:
                 scratch[key] = [gpu.smem((*shape, matrix.shape[3]), matrix.dtype, tile[1])] * parts
         for key in streaming:
             scratch[f"{key}_ready"], scratch[f"{key}_free"] = ready, free
+        if "table" in results:
+            scratch |= gpu_distances.space(plan.tiling.columns)
         arguments = {
             "schedule": of_blocks(rows, plan),
             "operands": self.operands.arrays,
@@ -257,7 +280,12 @@ class _Kernel(NamedTuple):
             for name in self.resident:
                 self.copy(name, rows, warpgroup, ready, stream, arguments, scratch)
             plgpu.barrier_wait(ready)
+            if "table" in results:
+                gpu_distances.begin(scratch, warpgroup)
             totals, done = self.sums(stream, warpgroup, row, arguments, results, scratch, before)
+            if "table" in results:
+                target = results["table"].at[b, n, lax.div(row, gpu.ROWS)]
+                gpu_distances.end(scratch, warpgroup, target)
             for name in ("query", "key"):
                 if name in totals:
                     totals[name] *= self.call.options.scale
@@ -325,7 +353,6 @@ class _Kernel(NamedTuple):
         """
         refs, transposed = arguments["operands"], self.plan.tiling.transposed
         streaming = STREAMING[transposed]
-        kept = {name: gpu.at(scratch[name], warpgroup) for name in self.resident}
         narrow = scratch["query"][0].dtype
         each = None if transposed or "bias" in scratch["sums"] else results.get("bias")
 
@@ -340,7 +367,10 @@ class _Kernel(NamedTuple):
             at = At(stream.batch, stream.head, row, number * self.plan.tiling.tile)
             for name in streaming:
                 plgpu.barrier_wait(scratch[f"{name}_ready"].at[slot])
-            here = kept | {name: gpu.at(scratch[name], slot) for name in streaming}
+            # Descriptors of matrices, made ahead of the loop, would take registers.
+            own = lax.optimization_barrier(warpgroup)
+            here = {name: gpu.at(scratch[name], own) for name in self.resident}
+            here |= {name: gpu.at(scratch[name], slot) for name in streaming}
             pairs = zip(STREAMING[not transposed], streaming, strict=True)
             pairs = [(here[a], gpu.transposed(here[b])) for a, b in pairs if a in here]
             # One after the other, so that registers hold little at a time.
@@ -365,6 +395,8 @@ class _Kernel(NamedTuple):
             if each is not None:
                 rows, columns = pl.ds(row, gpu.ROWS), pl.ds(at.column, self.plan.tiling.tile)
                 gpu.store(each.at[at.batch, at.head, rows, columns], d_scores)
+            if "table" in results:
+                gpu_distances.add(scratch, warpgroup, at.column, d_scores)
             for name in scratch["sums"]:
                 term = by_statistic * d_weights if name == "statistic" else d_scores
                 if name == "slopes":
@@ -379,7 +411,7 @@ class _Kernel(NamedTuple):
         return stream.visit(warpgroup, visit, totals, self.branches, before)
 
 
-def _plan(options: Options, x: Inputs, features: int, transposed: bool) -> Plan:
+def _plan(options: Options, x: Inputs, features: int, transposed: bool, by_distance: bool) -> Plan:
     """Chooses the tiles of a kernel; `features` are those of a key and a value."""
     queries, heads = x.query.shape[1:3]
     keys = x.key.shape[1]
@@ -394,12 +426,14 @@ def _plan(options: Options, x: Inputs, features: int, transposed: bool) -> Plan:
     config = gpu_tuned.config("backward_keys" if transposed else "backward_queries", x)
     most = min(most, _most(options, x, features, transposed), config.tile if config else most)
     size = 2 * parts * features
-    tile, stages = tile_of(both * size, streams * size, most, block_column, columns)
+    fixed = both * size
+    if by_distance:
+        most, fixed = min(most, gpu_distances.MOST_COLUMNS), fixed + gpu_distances.size(columns)
+    tile, stages = tile_of(fixed, streams * size, most, block_column, columns)
     tiling = Tiling(gpu.whole(rows, both), gpu.whole(columns, tile), tile, heads, transposed)
     cut = (tile, both // streams) if transposed else (both // streams, tile)
-    spare = streams == 1 and features <= BOTH[False]
     persistent = config and config.persistent
-    return Plan(tiling, Grid(queries, keys, *cut), streams, stages, spare, persistent)
+    return Plan(tiling, Grid(queries, keys, *cut), streams, stages, persistent)
 
 
 def _most(options: Options, x: Inputs, features: int, transposed: bool) -> int:
@@ -410,4 +444,8 @@ def _most(options: Options, x: Inputs, features: int, transposed: bool) -> int:
         return 32
     if exact:
         return 32 if several or features > 128 else 64
-    return 64 if several or transposed or features > BOTH[exact] else 128
+    most = 128 if transposed else BOTH[exact]
+    if options.logits_soft_cap is not None and features > most:
+        return 32
+    several |= (x.table if transposed else x.slopes) is not None
+    return 64 if several or features > most else 128

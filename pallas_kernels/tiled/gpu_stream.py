@@ -40,10 +40,8 @@ class Plan(NamedTuple):
     """How many streams of tiles a block needs: one, or one for each warpgroup that computes."""
     stages: int
     """How many tiles of a stream there is space for."""
-    spare: bool
-    """Whether registers suffice for blocks that are persistent."""
     persistent: bool | None
-    """Whether blocks are, then; None for where some have more to do than others."""
+    """Whether blocks are; None for where some have more to do than others."""
 
     @property
     def blocks(self) -> int:
@@ -57,8 +55,8 @@ class Plan(NamedTuple):
             known = isinstance(rows, np.ndarray)
             persistent = not known or rows[..., 0].min() < rows[..., 0].max()
         sizes = {"head": self.tiling.heads, "block": self.blocks, "batch": batch}
-        several = math.prod(sizes.values()) > gpu.PROCESSORS
-        return gpu.Work(sizes, bool(persistent and self.spare and several))
+        several = math.prod(sizes.values()) > gpu.processors()
+        return gpu.Work(sizes, bool(persistent and several))
 
 
 class Stream:
@@ -190,7 +188,7 @@ def scored(
 
 
 def tile_of(fixed: int, column: int, most: int, block: int, columns: int) -> tuple[int, int]:
-    """Returns the columns of a tile, and the stages, that SMEM has space for.
+    """Returns the columns of a tile, and the stages, that SMEM has space for; it may be none.
 
     Args:
       fixed: bytes that do not depend on them.
@@ -206,4 +204,4 @@ def tile_of(fixed: int, column: int, most: int, block: int, columns: int) -> tup
         needless = tile > 64 >= columns
         if tile <= most and block % tile == 0 and not needless and stages >= min(2, count):
             return tile, stages
-    return 32, 1
+    return tile, stages

@@ -28,7 +28,7 @@ class Config(NamedTuple):
     tile: int
     """Columns of a tile, at most: where registers do not suffice there are fewer."""
     persistent: bool
-    """Whether blocks do several tiles of rows, one after the other, where registers suffice."""
+    """Whether blocks do several tiles of rows, one after the other."""
 
 
 _tried: contextvars.ContextVar[tuple[str, Config] | None] = contextvars.ContextVar(

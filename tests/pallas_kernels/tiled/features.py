@@ -22,7 +22,7 @@ from pallas_kernels.tiled import gpu_proved, tiled_attention
 from tests.sharding import mesh, place
 
 TILES = (128, 128)
-LEARNED = ("bias", "logit_bias", "alibi_slopes", "sink", "row_statistic")
+LEARNED = ("bias", "logit_bias", "alibi_slopes", "sink", "row_statistic", "relative_bias")
 """Arguments, beside query, key and value, by which kernels differentiate."""
 
 
@@ -101,7 +101,12 @@ class Call:
         """Returns the names of its parts, and of its gradients, as a GPU's choice knows them."""
         options = {"tile_sizes": TILES, "function": "a call"} | self.others
         _, options, inputs = tiled._prepared(**self.arrays, **options)
-        fields = {"alibi_slopes": "slopes", "logit_bias": "bias", "row_statistic": "statistic"}
+        fields = {
+            "alibi_slopes": "slopes",
+            "logit_bias": "bias",
+            "row_statistic": "statistic",
+            "relative_bias": "table",
+        }
         gradients = [fields.get(name, name) for name in self.shapes]
         return gpu_proved.parts_of(options=options, inputs=inputs, gradients=gradients)
 
@@ -407,6 +412,28 @@ BLOCK_LISTS = {
     ),
 }
 FEATURES = SCORES | BLOCK_LISTS
+
+TABLES = {
+    "relative bias of heads, offsets": Call(
+        {"relative_bias": normal(5, 2, 31), "query_offset": np.array([3, 60]), "scale": 0.3},
+        batch=2,
+        queries=70,
+        keys=130,
+        dtype=jnp.bfloat16,
+    ),
+    "relative bias, short, causal": Call(
+        {"relative_bias": normal(5, 1, 7), "mask": masks.causal(40), "tile_sizes": None},
+        queries=140,
+        keys=150,
+        heads=1,
+        key_heads=1,
+        features=40,
+    ),
+    "relative bias, lists": block_list(
+        64, 64, options={"relative_bias": normal(5, 2, 255)}, queries=100, keys=200
+    ),
+}
+"""Calls with a table of relative positions, which for TPU have tests of their own."""
 
 
 SHARDED = Call(

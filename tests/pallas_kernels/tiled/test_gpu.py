@@ -26,6 +26,7 @@ from tests.gpu import PRODUCTS_IN_PARTS, interpreted
 from tests.numerics import LIMITS, assert_close
 from tests.pallas_kernels.tiled.features import (
     FEATURES,
+    TABLES,
     Call,
     block_list,
     check_queries_without_keys,
@@ -200,25 +201,20 @@ def test_logits_of_ten_thousand():
     assert_close(actual[0], expected[0], factor=1e4 * 2**-24 / LIMITS["float32"])
 
 
-def test_relative_bias():
-    """In the forward; there is no gradient of it."""
-    call = Call(
-        {"relative_bias": normal(5, 2, 31), "query_offset": np.array([3, 60]), "scale": 0.3},
-        batch=2,
-        dtype=jnp.bfloat16,
-    )
-    with interpreted():
-        actual = jax.block_until_ready(
-            jax.jit(lambda x: call(x, implementation="pallas_gpu"))(call.arrays)
-        )
-    expected = call(jax.tree.map(jnp.float32, call.arrays), implementation="reference")
-    assert_close(actual, expected, call.dtype)
+@pytest.mark.parametrize("name", TABLES)
+def test_relative_bias(name):
+    _check(TABLES[name], factor=2)
 
-    def loss(table):
-        return tiled_attention(X, X, X, relative_bias=table, implementation="pallas_gpu").sum()
 
-    with interpreted(), pytest.raises(NotImplementedError, match="no gradient of relative_bias"):
-        jax.grad(loss)(jnp.zeros((2, 5)))
+def test_relative_bias_of_more_keys_than_there_is_space_for():
+    x = jax.ShapeDtypeStruct((1, 30_000, 1, 64), jnp.bfloat16)
+
+    def loss(table, x):
+        return tiled_attention(x, x, x, relative_bias=table, implementation="pallas_gpu").sum()
+
+    reason = "30000 keys and heads of bfloat16 of 64 features there is no space in shared memory"
+    with pytest.raises(NotImplementedError, match=f"gradient of relative_bias with {reason}"):
+        jax.eval_shape(jax.grad(loss), jax.ShapeDtypeStruct((1, 5), jnp.float32), x)
 
 
 def test_transposed_application():
