@@ -19,6 +19,9 @@ KERNELS = {
 }
 """Variants that need kernels of their own, and the dtypes and head dimensions that are shown."""
 
+PREPARED = [name for name in KERNELS if name not in ("lightning", "gate per step")]
+"""Those whose chunks are prepared before the walk."""
+
 
 def cases() -> dict[str, Case]:
     """Returns the cases, each of which has the forward and the backward kernels."""
@@ -28,6 +31,8 @@ def cases() -> dict[str, Case]:
         tokens = TOKENS + 64 * i
         for dtype, features in shown:
             inputs = VARIANTS[name].inputs(tokens, HEADS, features, dtype)
-            function = VARIANTS[name].function("gradient", [*inputs], HEADS, "pallas_gpu")
+            # These two take all kernels of the backward; more of what is prepared is XLA's.
+            by = ("query", "value") if name in PREPARED else None
+            function = VARIANTS[name].function("gradient", [*inputs], HEADS, "pallas_gpu", by)
             found[f"{name}, {dtype}, {features} features"] = Case(function, (*inputs.values(),))
     return found

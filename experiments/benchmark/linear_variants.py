@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,9 +61,14 @@ class Variant:
         return found
 
     def function(
-        self, direction: str, names: Sequence[str], heads: int, implementation: str | None
+        self,
+        direction: str,
+        names: Sequence[str],
+        heads: int,
+        implementation: str | None,
+        by: Collection[str] | None = None,
     ) -> Callable[..., Any]:
-        """Returns the attention, or its gradients, as a function of arguments in order."""
+        """Returns the attention, or its gradients by some or all, as a function of arguments."""
         options = {**self.options, "implementation": implementation}
         if self.constant_decay:
             options["log_decay"] = constant_decays(heads)
@@ -71,7 +76,8 @@ class Variant:
         def attention(*arrays: Array) -> Array:
             return linear.linear_attention(**dict(zip(names, arrays, strict=True)), **options)
 
-        varied = [i for i, name in enumerate(names) if name != "segment_ids"]
+        by = set(names) - {"segment_ids"} if by is None else by
+        varied = [i for i, name in enumerate(names) if name in by]
         return directed(direction, attention, varied)
 
 

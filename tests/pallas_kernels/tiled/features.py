@@ -417,8 +417,8 @@ TABLES = {
     "relative bias of heads, offsets": Call(
         {"relative_bias": normal(5, 2, 31), "query_offset": np.array([3, 60]), "scale": 0.3},
         batch=2,
-        queries=70,
-        keys=130,
+        queries=40,
+        keys=70,
         dtype=jnp.bfloat16,
     ),
     "relative bias, short, causal": Call(
@@ -430,7 +430,13 @@ TABLES = {
         features=40,
     ),
     "relative bias, lists": block_list(
-        64, 64, options={"relative_bias": normal(5, 2, 255)}, queries=100, keys=200
+        64,
+        64,
+        options={"relative_bias": normal(5, 1, 255)},
+        queries=100,
+        keys=200,
+        heads=1,
+        key_heads=1,
     ),
 }
 """Calls with a table of relative positions, which for TPU have tests of their own."""

@@ -18,15 +18,18 @@ def _wide(terms: dict[str, Any], features: int) -> Call:
     return Call(options, 1, 200, 200, features=features, dtype=jnp.bfloat16)
 
 
+_SLOPES, _BIAS = np.float32([0.5, 0.1]), normal(4, 1, 2, 200, 200)
+_CAPPED = {"logits_soft_cap": 9.0, "bias": _BIAS[..., :1, :]}
 # What takes registers beside matrices of many features.
 WIDE = {
     f"{name}, causal, bfloat16, {features} features": _wide(terms, features)
-    for name, terms in {
-        "alibi, bias": {"alibi_slopes": np.float32([0.5, 0.1]), "bias": normal(4, 1, 2, 200, 200)},
-        "soft cap, bias of keys": {"logits_soft_cap": 9.0, "bias": normal(4, 1, 2, 1, 200)},
-    }.items()
-    for features in (64, 128, 256)
+    for name, features, terms in (
+        ("alibi, bias", 128, {"alibi_slopes": _SLOPES, "bias": _BIAS}),
+        ("alibi, bias", 256, {"alibi_slopes": _SLOPES, "bias": _BIAS}),
+        ("soft cap, bias of keys", 128, _CAPPED),
+    )
 }
+TABLE = "relative bias, short, causal"
 
 
 def _gradients(call: Call) -> Case:
@@ -45,5 +48,5 @@ def _gradients(call: Call) -> Case:
 
 def cases() -> dict[str, Case]:
     """Returns the cases by name."""
-    calls = FEATURES | TABLES | WIDE
+    calls = FEATURES | WIDE | {TABLE: TABLES[TABLE]}
     return {name: _gradients(call) for name, call in calls.items()} | tiled_hopper.cases()

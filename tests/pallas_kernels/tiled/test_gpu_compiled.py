@@ -29,7 +29,6 @@ APART = {
     "causal, bfloat16, 256 features",
     "causal, float32, 128 features",
     "alibi, bias, causal, bfloat16, 256 features",
-    "soft cap, bias of keys, causal, bfloat16, 256 features",
 }
 REFUSED = {
     "groups of 16, alibi, sink, bias, dense, causal": "groups of keys",
