@@ -81,15 +81,21 @@ def test_configurations_are_tuned(monkeypatch):
 
     def measured(function, arrays, repeats):
         kernel, config = gpu_tuned._tried.get()
-        gradients = jax.eval_shape(function, *arrays)
+        gradients = function(*arrays)
         assert repeats == 7 and isinstance(gradients, tuple) == (kernel != "forward")
         if kernel == "backward_keys":
             raise RuntimeError("too many registers")
         return {"seconds": seconds.get((kernel, config), 3e-3)}
 
-    written = {}
+    def attention(query, key, value, *, mask, implementation):
+        assert implementation == "pallas_gpu"
+        return query + key + value
+
+    written, cleared = {}, []
     _is_h200(monkeypatch)
     monkeypatch.setattr(gpu, "cost", measured)
+    monkeypatch.setattr(tiled_tune, "tiled_attention", attention)
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(None))
     monkeypatch.setattr(gpu_tuned, "write", lambda device, found: written.update({device: found}))
     options = dict(features=(64,), tokens=256, total=512, repeats=7)
     report = Report()
@@ -102,6 +108,8 @@ def test_configurations_are_tuned(monkeypatch):
         }
     }
     assert [row["kernel"].split(",")[0] for row in report.rows] == [*kernels]
+    # What was traced with one configuration does not serve another.
+    assert len(cleared) == len(report.rows) * len(tiled_tune.CONFIGS)
     assert report.rows[0]["64 columns, persistent, ms"] == "1.000"
     assert report.rows[2]["64 columns, ms"] == "-"
     assert "too many registers" in report.records[2]["64 columns error"]
