@@ -62,7 +62,7 @@ def supports(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ())
                 f"blocks of a list must be multiples of {gpu.ROWS} tokens; got block_q "
                 f"{blocks.block_q} and block_k {blocks.block_k}"
             )
-    if "table" in gradients and not has_space_by_distance(inputs):
+    if "table" in gradients and not has_space_by_distance(options, inputs):
         keys, features = inputs.key.shape[1], inputs.query.shape[3]
         return (
             f"for the gradient of relative_bias with {keys} keys and heads of {dtype} of "

@@ -79,16 +79,10 @@ def _is_of_keys(bias: Array | None) -> bool:
     return bias is not None and bias.shape[2] == 1 < bias.shape[3]
 
 
-def has_space_by_distance(x: Inputs) -> bool:
+def has_space_by_distance(options: Options, x: Inputs) -> bool:
     """Returns whether shared memory has space for a tile beside sums by distance."""
-    lists, _ = split(x.mask)
-    both = gpu.COMPUTING * gpu.ROWS
-    streams = gpu.COMPUTING if lists and common_blocks(lists)[0] % both else 1
-    parts = len(gpu.in_parts(jnp.zeros((), x.query.dtype)))
     features = sum(gpu.whole(array.shape[3]) for array in (x.query, x.value))
-    size, columns = 2 * parts * features, gpu.whole(x.key.shape[1])
-    fixed = both * size + gpu_distances.size(columns)
-    return tile_of(fixed, streams * size, gpu_distances.MOST_COLUMNS, 0, columns)[1] > 0
+    return _plan(options, x, features, transposed=False, by_distance=True).stages > 0
 
 
 class _Call:
@@ -428,7 +422,8 @@ def _plan(options: Options, x: Inputs, features: int, transposed: bool, by_dista
     size = 2 * parts * features
     fixed = both * size
     if by_distance:
-        most, fixed = min(most, gpu_distances.MOST_COLUMNS), fixed + gpu_distances.size(columns)
+        most = min(most, gpu_distances.MOST_COLUMNS)
+        fixed += gpu_distances.size(gpu.whole(columns))
     tile, stages = tile_of(fixed, streams * size, most, block_column, columns)
     tiling = Tiling(gpu.whole(rows, both), gpu.whole(columns, tile), tile, heads, transposed)
     cut = (tile, both // streams) if transposed else (both // streams, tile)

@@ -6,7 +6,6 @@ unless they have block lists of their own: then there is a stream of columns for
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -55,8 +54,8 @@ class Plan(NamedTuple):
             known = isinstance(rows, np.ndarray)
             persistent = not known or rows[..., 0].min() < rows[..., 0].max()
         sizes = {"head": self.tiling.heads, "block": self.blocks, "batch": batch}
-        several = math.prod(sizes.values()) > gpu.processors()
-        return gpu.Work(sizes, bool(persistent and several))
+        work = gpu.Work(sizes, persistent=False)
+        return work._replace(persistent=bool(persistent) and work.count > gpu.processors())
 
 
 class Stream:
