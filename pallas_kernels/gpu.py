@@ -4,11 +4,9 @@ A block of a kernel has warpgroups that compute and one more that copies what th
 memory (GMEM) to shared memory (SMEM), from which the matrix units read.
 """
 
-import contextlib
-import contextvars
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,23 +47,6 @@ OF_COLUMNS = MATRIX.reduce(0)
 
 LINE = 128
 """Numbers of which each thread of a warpgroup has one."""
-
-_interpreted = contextvars.ContextVar("interpreted", default=False)
-
-
-@contextlib.contextmanager
-def interpreted(**params: Any) -> Iterator[None]:
-    """Has kernels that are traced inside of it run by Pallas's GPU interpret mode: for tests.
-
-    Args:
-      **params: of the interpret mode.
-    """
-    token = _interpreted.set(True)
-    try:
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**params)):
-            yield
-    finally:
-        _interpreted.reset(token)
 
 
 def run(
@@ -230,9 +211,6 @@ def product(a: Parts, b: Parts, meanwhile: Callable[[], None] | None = None) -> 
 
 def product_and(a: Parts, b: Parts, meanwhile: Callable[[], Any]) -> tuple[Array, Any]:
     """Returns a @ b, see `product`, and what is returned by what is done meanwhile."""
-    if _interpreted.get():
-        found = meanwhile()
-        return _defined(a, b), found
 
     def multiply(total: Any) -> tuple[Array, Any]:
         _issue(total, a, b)
@@ -244,8 +222,6 @@ def product_and(a: Parts, b: Parts, meanwhile: Callable[[], Any]) -> tuple[Array
 
 def accumulated(total: Array, a: Parts, b: Parts) -> Array:
     """Returns total + a @ b: see `product`."""
-    if _interpreted.get():
-        return total + _defined(a, b)
     return pl.run_state(lambda total: _issue(total, a, b))(plgpu.ACC.init(total))
 
 
@@ -260,17 +236,6 @@ def _pairs(a: Parts, b: Parts) -> list[tuple[Any, Any]]:
     count = max(len(a), len(b))
     places = sorted((place for place in places if sum(place) < count), key=sum, reverse=True)
     return [(a[i], b[j]) for i, j in places]
-
-
-def _defined(a: Parts, b: Parts) -> Array:
-    """Returns a @ b where the interpret mode does not know what the matrix units can do.
-
-    It knows no operands in registers, and no accumulators that start with something.
-    """
-    a, b = ([x if isinstance(x, jax.Array) else x[...] for x in parts] for parts in (a, b))
-    plgpu.commit_smem()  # as the copy engine does not know of reads that are no product's
-    pairs = _pairs(a, b)
-    return sum(jnp.dot(*pair, preferred_element_type=jnp.float32) for pair in pairs)
 
 
 def store(target: Any, value: Array) -> None:

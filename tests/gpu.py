@@ -1,39 +1,25 @@
-"""Kernels for GPUs, interpreted or compiled on a machine that has none."""
+"""Kernels for GPUs, emulated or compiled on a machine that has none."""
 
-import contextlib
+import functools
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.benchmark import hopper
 from experiments.benchmark.table import markdown
 from experiments.errors import ExperimentError
-from pallas_kernels import gpu
+from tests import ptx
 
 PRODUCTS_IN_PARTS = 16.0
 """How far float32 may be: products of two parts of bfloat16 each have 16 bits, not 24."""
 
 
-@contextlib.contextmanager
-def interpreted():
-    """Runs GPU kernels in Pallas's GPU interpret mode, where races are errors.
-
-    Memory that nothing was written to is NaN. Wait for results inside. It knows one device only.
-    """
-    with gpu.interpreted(detect_races=True):
-        try:
-            yield
-        finally:
-            # Which an exception leaves as it was; there is no public name for it yet.
-            interpret_pallas_call.reset_gpu_interpret_mode_state()
-
-
+@functools.cache
 def _has_compiler():
     try:
         hopper.check_compiler()
@@ -42,9 +28,26 @@ def _has_compiler():
     return True
 
 
-needs_compiler = pytest.mark.skipif(
-    not _has_compiler(), reason="needs JAX's CUDA plugin and nvcc, here those for Linux x86-64"
-)
+_NO_COMPILER = "needs JAX's CUDA plugin and nvcc, here those for Linux x86-64"
+needs_compiler = pytest.mark.skipif(not _has_compiler(), reason=_NO_COMPILER)
+
+
+def emulated(seed=0):
+    """Emulates GPU kernels that are traced inside of it, see tests/ptx; yields those that ran.
+
+    Wait for results inside. Where they cannot be compiled, the test is skipped.
+
+    Args:
+      seed: of the order in which everything happens.
+    """
+    if not _has_compiler():
+        pytest.skip(_NO_COMPILER)
+    return ptx.emulated(seed)
+
+
+def compiled(kernels):
+    """Returns what became of emulated kernels, in the order of a record."""
+    return sorted((x.compiled for x in kernels), key=lambda x: (x.kernel, x.wgmma))
 
 
 class Record:

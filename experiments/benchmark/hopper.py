@@ -139,27 +139,49 @@ def compile_kernels(function: Callable[..., Any], arguments: Sequence[Any]) -> l
       ExperimentError: if it does not compile, or has kernels that this process has compiled before,
         as those are not compiled again.
     """
-    check_compiler()
-    with _environment(_DUMPS | NO_GPU), _captured() as said:
-        try:
-            everywhere = NamedSharding(_mesh(), PartitionSpec())
-            arguments = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-                tuple(arguments),
-            )
-            program = jax.jit(function).lower(*arguments).compile(_OPTIONS).as_text()
-        except NotImplementedError as error:
-            raise NotSupported(f"it is not supported: {error}") from None
-        except Exception as error:
-            reason = textwrap.shorten(str(error), 400) or type(error).__name__
-            raise ExperimentError(f"it does not compile for a Hopper GPU: {reason}") from error
-    kernels, calls = read_kernels(said[0]), program.count('custom_call_target="mosaic_gpu')
+    try:
+        said, program = compile_lowered(lower(function, arguments))
+    except NotImplementedError as error:
+        raise NotSupported(f"it is not supported: {error}") from None
+    except ExperimentError:
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 400) or type(error).__name__
+        raise ExperimentError(f"it does not compile for a Hopper GPU: {reason}") from error
+    kernels, calls = read_kernels(said), program.count('custom_call_target="mosaic_gpu')
     if len(kernels) != calls:
         raise ExperimentError(
             f"the compiler reports {len(kernels)} kernels, of {calls}; those that the process has "
             "compiled before are not compiled again"
         )
     return kernels
+
+
+def lower(function: Callable[..., Any], arguments: Sequence[Any]) -> jax.stages.Lowered:
+    """Lowers a function for a Hopper GPU, given pytrees of arrays or of ShapeDtypeStructs."""
+    check_compiler()
+    with _environment(NO_GPU):
+        everywhere = NamedSharding(_mesh(), PartitionSpec())
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tuple(arguments)
+        )
+        return jax.jit(function).lower(*arguments)
+
+
+def compile_lowered(lowered: jax.stages.Lowered, host: bool = False) -> tuple[str, str]:
+    """Compiles what was lowered.
+
+    Args:
+      lowered: by `lower`.
+      host: whether the compiler is to say, too, how the host launches kernels, as LLVM IR.
+
+    Returns:
+      What the compiler says about kernels, and the program.
+    """
+    dumps = _DUMPS | ({"MOSAIC_GPU_DUMP_HOST_LLVM": "1"} if host else {})
+    with _environment(dumps | NO_GPU), _captured() as said:
+        program = lowered.compile(_OPTIONS).as_text()
+    return said[0], program
 
 
 def _mesh() -> jax.sharding.Mesh:

@@ -1,7 +1,6 @@
-"""The GPU kernels of linear attention, in numbers: on a CPU, in Pallas's GPU interpret mode.
+"""The GPU kernels of linear attention, in numbers: compiled for a GPU, and emulated on a CPU.
 
-There memory that nothing was written to is NaN, and races are errors. See tests/pallas_kernels/
-tiled/test_gpu.py for what it knows nothing of.
+See tests/ptx. Memory that nothing was written to is NaN, and races are errors.
 """
 
 import functools
@@ -14,33 +13,38 @@ import pytest
 
 from pallas_kernels.gpu_proved import Proved
 from pallas_kernels.linear import features, gpu, gpu_call, linear_attention
-from tests.gpu import PRODUCTS_IN_PARTS, interpreted
+from tests.gpu import PRODUCTS_IN_PARTS, compiled, emulated
 from tests.numerics import assert_close
 from tests.pallas_kernels.linear.cases import ONE, Case, equal_keys, of_rows
 from tests.pallas_kernels.linear.gpu_calls import GPU_CASES, check, dtype_of, parts_of
+from tests.pallas_kernels.linear.test_gpu_compiled import check_kernels
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def _kernel(case, arrays):
-    with interpreted():
-        return jax.block_until_ready(case.differentiated(arrays, "pallas_gpu"))
+def _run(case, arrays, seed=0):
+    """Returns results and gradients, and the kernels."""
+    with emulated(seed) as kernels:
+        found = jax.block_until_ready(case.differentiated(arrays, "pallas_gpu"))
+    return found, compiled(kernels)
 
 
 def _check(case, dtype, arrays=None):
+    """Compares results and gradients with their definition; returns gradients and kernels."""
     arrays = case.arrays(dtype) if arrays is None else arrays
-    results, gradients = _kernel(case, arrays)
+    (results, gradients), kernels = _run(case, arrays)
     assert results["out"].dtype == dtype
     chex.assert_trees_all_equal_dtypes(gradients, arrays)
     check((results, gradients), case.defined(arrays), dtype)
-    return gradients
+    return gradients, kernels
 
 
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_results_and_gradients(name):
     case, dtype = GPU_CASES[name], dtype_of(name)
     arrays = case.arrays(dtype)
-    gradients = _check(case, dtype, arrays)
+    gradients, kernels = _check(case, dtype, arrays)
+    check_kernels(name, kernels)
     if "log_decay" not in arrays:
         return
     nothing = np.asarray(arrays["log_decay"]) <= -1e30
@@ -95,7 +99,7 @@ def test_features_are_made_by_the_walks(name, monkeypatch):
 def test_the_same_twice():
     case = GPU_CASES["decay, bfloat16"]
     arrays = case.arrays(jnp.bfloat16)
-    chex.assert_trees_all_equal(*(_kernel(case, arrays) for _ in range(2)))
+    chex.assert_trees_all_equal(*(_run(case, arrays, seed)[0] for seed in range(2)))
 
 
 def test_equal_keys_by_the_delta_rule_in_bfloat16():
@@ -107,7 +111,7 @@ def test_some_gradients_alone():
     """Not every walk of the backward is needed for each."""
     case = Case(70, 1, 2, 1, decay=-0.1, state=True)
     arrays = case.arrays(jnp.float32)
-    with interpreted():
+    with emulated():
         for names in (("query",), ("key",), ("value",), ("memory",)):
             some = {name: arrays[name] for name in names}
             actual, expected = (
@@ -123,7 +127,7 @@ def test_some_gradients_alone():
 
 def test_under_vmap():
     case = Case(64, 1, 2, 2)
-    with interpreted():
+    with emulated():
         actual = of_rows(case, "pallas_gpu")
     assert_close(actual, of_rows(case, "reference"), factor=4 * PRODUCTS_IN_PARTS)
 

@@ -31,6 +31,9 @@ WIDE = {
 }
 TABLE = "relative bias, short, causal"
 
+FEW = 3
+"""Processors, so that a persistent block does several items."""
+
 
 def _gradients(call: Call) -> Case:
     """Returns a case with all kernels of a call, persistent ones where there could be."""
@@ -40,7 +43,7 @@ def _gradients(call: Call) -> Case:
             results = call(arrays, mask=mask, implementation="pallas_gpu")
             return sum(jnp.sum(x.astype(jnp.float32)) for x in results), results
 
-        with mock.patch.object(gpu, "PROCESSORS", 1):
+        with mock.patch.object(gpu, "PROCESSORS", FEW):
             return jax.grad(loss, has_aux=True)(arrays)
 
     return Case(run, (call.shapes, call.options.get("mask")))

@@ -1,8 +1,6 @@
-"""The GPU kernels of tiled attention, in numbers: on a CPU, in Pallas's GPU interpret mode.
+"""The GPU kernels of tiled attention, in numbers: compiled for a GPU, and emulated on a CPU.
 
-There memory that nothing was written to is NaN, and races are errors. It knows nothing of how
-matrices lie in registers and in shared memory, and no products whose left side is in registers:
-those are multiplied by NumPy's rules.
+See tests/ptx. Memory that nothing was written to is NaN, and races are errors.
 """
 
 import dataclasses
@@ -22,7 +20,7 @@ from pallas_kernels.tiled import (
     tiled_attention,
     tiled_attention_transposed,
 )
-from tests.gpu import PRODUCTS_IN_PARTS, interpreted
+from tests.gpu import PRODUCTS_IN_PARTS, compiled, emulated
 from tests.numerics import LIMITS, assert_close
 from tests.pallas_kernels.tiled.features import (
     FEATURES,
@@ -37,6 +35,8 @@ from tests.pallas_kernels.tiled.features import (
     run_function,
     with_other_ends,
 )
+from tests.pallas_kernels.tiled.gpu_cases import FEW, TABLE
+from tests.pallas_kernels.tiled.test_gpu_compiled import check_kernels
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "few_processors")
 
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation", "few_processors")
 @pytest.fixture
 def few_processors(monkeypatch):
     """Has blocks that are persistent do several items each."""
-    monkeypatch.setattr(hopper, "PROCESSORS", 3)
+    monkeypatch.setattr(hopper, "PROCESSORS", FEW)
 
 
 REFUSED = {
@@ -56,24 +56,32 @@ REFUSED = {
 }
 
 
-def _kernel(call, **params):
-    with interpreted(**params):
+def _kernel(call, seed=0):
+    return _run(call, seed)[0]
+
+
+def _run(call, seed=0):
+    """Returns gradients and results, and the kernels."""
+    with emulated(seed) as kernels:
         run = run_function(call, "pallas_gpu")
-        return jax.block_until_ready(run(call.arrays, call.options.get("mask")))
+        found = jax.block_until_ready(run(call.arrays, call.options.get("mask")))
+    return found, compiled(kernels)
 
 
-def _check(call, factor=1.0, actual=None):
-    gradients, results = actual or _kernel(call)
+def _check(call, factor=1.0):
+    """Compares gradients and results with their definition; returns the kernels."""
+    (gradients, results), kernels = _run(call)
     assert results[0].dtype == call.dtype
     assert {x.dtype for x in results[1:]} <= {jnp.dtype("float32")}
     chex.assert_trees_all_equal_dtypes(gradients, call.arrays)
     factor *= PRODUCTS_IN_PARTS if call.dtype == jnp.float32 else 1
     assert_close((gradients, results), defined(call), call.dtype, factor)
+    return kernels
 
 
 @pytest.mark.parametrize("feature", [name for name in FEATURES if name not in REFUSED])
 def test_results_and_gradients(feature):
-    _check(FEATURES[feature])
+    check_kernels(feature, _check(FEATURES[feature]))
 
 
 @pytest.mark.parametrize(("feature", "reason"), REFUSED.items())
@@ -133,12 +141,12 @@ def test_tiles(call):
 
 
 def test_the_same_twice(monkeypatch):
-    """Nothing depends on which warpgroup is the first one, or on which block does what."""
+    """Nothing depends on what happens first, or on which block does what."""
     call = dataclasses.replace(LONG, queries=300, keys=400)
     found = []
-    for processors in (2, 2, 132):
+    for seed, processors in enumerate((2, 2, 132)):
         monkeypatch.setattr(hopper, "PROCESSORS", processors)
-        found.append(_kernel(call))
+        found.append(_kernel(call, seed))
     for other in found[1:]:
         chex.assert_trees_all_equal(other, found[0])
 
@@ -148,7 +156,7 @@ def test_what_a_range_hides_may_be_anything():
     lengths = FEATURES["soft cap, bias of keys, lengths, fewer key heads"].options["mask"]
     call = Call({"mask": lengths}, batch=2, heads=1, key_heads=1, dtype=jnp.bfloat16)
     hidden, poisoned = poison(call)
-    with interpreted():
+    with emulated():
         run = run_function(call, "pallas_gpu")
         clean, result = (
             jax.block_until_ready(run(x, call.options["mask"])) for x in (call.arrays, poisoned)
@@ -160,7 +168,7 @@ def test_what_a_range_hides_may_be_anything():
 
 def test_what_stands_behind_the_end_of_a_list_may_be_anything():
     call = FEATURES["blocks of 128, of key heads, one idle, sigmoid, bfloat16"]
-    with interpreted():
+    with emulated():
         run = jax.jit(lambda arrays, mask: call(arrays, mask=mask, implementation="pallas_gpu"))
         clean, *others = (
             jax.block_until_ready(run(call.arrays, mask))
@@ -172,7 +180,7 @@ def test_what_stands_behind_the_end_of_a_list_may_be_anything():
 
 @pytest.mark.parametrize(("hide", "sink"), [("mask", None), ("bias", np.float32([-1, 3]))])
 def test_a_query_without_keys(hide, sink):
-    with interpreted():
+    with emulated():
         check_queries_without_keys("pallas_gpu", hide, sink)
 
 
@@ -180,7 +188,7 @@ def test_a_nan_that_is_seen_shows():
     call = Call({"mask": masks.causal()}, heads=1, key_heads=1)
     arrays = call.arrays
     arrays["key"] = arrays["key"].at[0, 140].set(jnp.nan)
-    with interpreted():
+    with emulated():
         run = jax.jit(lambda x: call(x, implementation="pallas_gpu")[0])
         out = jax.block_until_ready(run(arrays))
     np.testing.assert_array_equal(jnp.isnan(out).any((0, 2, 3)), np.arange(call.queries) >= 140)
@@ -192,7 +200,7 @@ def test_logits_of_ten_thousand():
     arrays = call.arrays
     arrays |= {name: jnp.round(25 * arrays[name]) for name in ("query", "key")}
     assert jnp.abs(jnp.einsum("btnh,bsnh->bnts", arrays["query"], arrays["key"])).max() > 1e4
-    with interpreted():
+    with emulated():
         actual = jax.block_until_ready(run_function(call, "pallas_gpu")(arrays, None))
     chex.assert_tree_all_finite(actual)
     expected = run_function(call, "reference")(arrays, None)
@@ -203,7 +211,9 @@ def test_logits_of_ten_thousand():
 
 @pytest.mark.parametrize("name", TABLES)
 def test_relative_bias(name):
-    _check(TABLES[name], factor=2)
+    kernels = _check(TABLES[name], factor=2)
+    if name == TABLE:
+        check_kernels(name, kernels)
 
 
 def test_relative_bias_of_more_keys_than_there_is_space_for():
@@ -225,7 +235,7 @@ def test_transposed_application():
         return jnp.sum(jnp.sin(tiled_attention_transposed(*arrays, **options)))
 
     gradient = jax.value_and_grad(loss, argnums=(1, 2, 3))
-    with interpreted():
+    with emulated():
         actual = jax.block_until_ready(
             jax.jit(gradient, static_argnums=0)("pallas_gpu", query, key, x)
         )
@@ -239,7 +249,7 @@ def test_vmap():
         call = functools.partial(tiled_attention, implementation=implementation)
         return jax.jit(jax.vmap(call))
 
-    with interpreted():
+    with emulated():
         actual = jax.block_until_ready(attend("pallas_gpu")(*arrays))
     expected = attend("reference")(*(x.astype(jnp.float32) for x in arrays))
     assert_close(actual, expected, jnp.bfloat16)
@@ -247,7 +257,7 @@ def test_vmap():
 
 def test_a_language_model_trains():
     """A few steps on the kernels are the steps on plain JAX."""
-    with interpreted():
+    with emulated():
         actual = jax.block_until_ready(losses_of_a_model("pallas_gpu", 40, 1, 2))
     assert_close(actual, losses_of_a_model("xla", 40, 1, 2), jnp.bfloat16)
 
