@@ -8,7 +8,10 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--device", choices=("cpu", "gpu"), default="cpu", help="what to run on (default: cpu)"
+        "--device",
+        choices=("cpu", "gpu", "emulated"),
+        default="cpu",
+        help="what to run on: emulated is a CPU for the tests of a GPU (default: cpu)",
     )
     parser.addoption(
         "--write-proved",
@@ -20,7 +23,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     # JAX reads these once, when it is first used: no test module has been imported yet.
-    if config.getoption("--device") == "cpu":
+    device = config.getoption("--device")
+    if device != "gpu":
+        if config.getoption("--write-proved"):
+            pytest.exit(
+                f"--write-proved: not with --device {device}; what is chosen on a GPU must have "
+                "passed on one",
+                returncode=pytest.ExitCode.USAGE_ERROR,
+            )
         os.environ["JAX_PLATFORMS"] = "cpu"
         flags = os.environ.get("XLA_FLAGS", "")
         if "xla_force_host_platform_device_count" not in flags:
@@ -49,6 +59,18 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device: make test-gpu"))
+
+
+@pytest.fixture(autouse=True)
+def emulated_gpu(request):
+    """Emulates the kernels of tests for a GPU, with --device emulated."""
+    if request.config.getoption("--device") != "emulated" or "gpu" not in request.keywords:
+        yield
+        return
+    from tests.gpu import emulated
+
+    with emulated():
+        yield
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -99,7 +100,10 @@ def emulated(seed: int = 0) -> Iterator[list[Kernel]]:
 
         def call(*arrays: jax.Array) -> Any:
             types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-            one = compiled(_real(entry, out_type=out_type, **options), types, out_type)
+            function = _real(entry, out_type=out_type, **options)
+            # Meshes of the caller, which are of CPUs, are not those of another thread.
+            with ThreadPoolExecutor(1) as other:
+                one = other.submit(compiled, function, types, out_type).result()
 
             def run(*arrays: jax.Array) -> list[np.ndarray]:
                 if one not in found:

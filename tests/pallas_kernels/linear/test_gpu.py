@@ -18,6 +18,7 @@ from tests.numerics import assert_close
 from tests.pallas_kernels.linear.cases import ONE, Case, equal_keys, of_rows
 from tests.pallas_kernels.linear.gpu_calls import GPU_CASES, check, dtype_of, parts_of
 from tests.pallas_kernels.linear.test_gpu_compiled import check_kernels
+from tests.training import check_training
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -130,6 +131,12 @@ def test_under_vmap():
     with emulated():
         actual = of_rows(case, "pallas_gpu")
     assert_close(actual, of_rows(case, "reference"), factor=4 * PRODUCTS_IN_PARTS)
+
+
+def test_a_language_model_trains():
+    """Sharded over batch and heads: the steps on the kernels are the steps on plain JAX."""
+    with emulated():
+        check_training("lightning_attention", 4, length=40, layers=1, steps=2)
 
 
 X = jnp.ones((1, 32, 1, 4))

@@ -13,6 +13,7 @@ from pallas_kernels.linear.gpu_proved import PROVED
 from tests.gpu import check_proved
 from tests.pallas_kernels.linear.cases import Case
 from tests.pallas_kernels.linear.gpu_calls import GPU_CASES, check, dtype_of, parts_of
+from tests.training import check_training
 
 pytestmark = pytest.mark.gpu
 
@@ -71,6 +72,12 @@ def test_results_and_gradients(name):
     check((results, gradients), case.defined(arrays), dtype, factor=2)
     chex.assert_trees_all_equal(run(arrays, "pallas_gpu"), (results, gradients))
     PASSED[name] = parts_of(case, dtype)
+
+
+@pytest.mark.parametrize("devices", [1, None], ids=["one device", "all devices"])
+def test_a_language_model_trains(devices):
+    """A few steps on the kernels are the steps on plain JAX, sharded over batch and heads too."""
+    check_training("lightning_attention", devices)
 
 
 def test_proved(request):

@@ -11,11 +11,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jax.sharding import AxisType
 
-from models.language import DecoderConfig, DecoderLM
 from pallas_kernels import masks, tiled
 from pallas_kernels.partition import axes
 from pallas_kernels.tiled import gpu_proved, tiled_attention
@@ -511,30 +508,3 @@ def check_queries_without_keys(implementation: str, hide: str, sink: np.ndarray 
     np.testing.assert_array_equal(gradients["query"][:, hidden], 0)
     chex.assert_tree_all_finite((out, gradients))
     assert (gradients["query"][:, ~hidden] != 0).all()
-
-
-def losses_of_a_model(implementation: str, length: int, layers: int, steps: int) -> jax.Array:
-    """Returns the losses of a language model's first steps of training."""
-    config = DecoderConfig(
-        vocab_size=64,
-        features=128,
-        num_layers=layers,
-        num_heads=2,
-        dtype="bfloat16",
-        implementation=implementation,
-    )
-    model = DecoderLM(config, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
-    tokens = jax.random.randint(jax.random.key(0), (2, length + 1), 0, 64)
-
-    @nnx.jit
-    def step(model, optimizer):
-        def loss(model):
-            logits = model(tokens[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-        value, gradients = nnx.value_and_grad(loss)(model)
-        optimizer.update(model, gradients)
-        return value
-
-    return jnp.stack([step(model, optimizer) for _ in range(steps)])

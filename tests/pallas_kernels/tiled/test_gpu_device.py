@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from pallas_kernels import gpu as hopper
 from pallas_kernels import masks
-from pallas_kernels.tiled import tiled_attention
 from pallas_kernels.tiled.gpu_proved import PROVED
 from tests.gpu import PRODUCTS_IN_PARTS, check_proved
 from tests.numerics import assert_close
@@ -24,13 +22,11 @@ from tests.pallas_kernels.tiled.features import (
     block_list,
     check_queries_without_keys,
     defined,
-    losses_of_a_model,
-    normal,
     poison,
     run_function,
 )
 from tests.pallas_kernels.tiled.test_gpu import APART, LONG, REFUSED, STREAMS
-from tests.sharding import mesh, place
+from tests.training import check_training
 
 pytestmark = pytest.mark.gpu
 
@@ -109,31 +105,10 @@ def test_a_query_without_keys(hide, sink):
     check_queries_without_keys("pallas_gpu", hide, sink)
 
 
-def test_a_language_model_trains():
-    """A few steps on the kernels are the steps on plain JAX."""
-    actual, expected = (losses_of_a_model(name, 256, 2, 5) for name in ("pallas_gpu", "xla"))
-    assert_close(actual, expected, jnp.bfloat16)
-
-
-def test_sharded_over_batch_and_heads():
-    """Over all the GPUs there are, be it one."""
-    count = jax.device_count()
-    rows = 2 if count % 2 == 0 else 1
-    devices = mesh(AxisType.Explicit, (rows, count // rows))
-    shape = 2 * rows, 200, 2 * count // rows, 64
-    arrays = [normal(seed, *shape, dtype=jnp.bfloat16) for seed in range(3)]
-
-    def loss(*arrays):
-        out = tiled_attention(*arrays, mask=masks.causal(), implementation="pallas_gpu")
-        return jnp.sum(jnp.sin(out.astype(jnp.float32)))
-
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-    expected = gradients(*arrays)
-    with jax.set_mesh(devices):
-        actual = gradients(*(place(devices, x, "data", None, "tensor") for x in arrays))
-    chex.assert_trees_all_equal(jax.device_get(actual), jax.device_get(expected))
-    for array in actual:
-        assert tuple(array.sharding.spec)[:3] == ("data", None, "tensor")
+@pytest.mark.parametrize("devices", [1, None], ids=["one device", "all devices"])
+def test_a_language_model_trains(devices):
+    """A few steps on the kernels are the steps on plain JAX, sharded over batch and heads too."""
+    check_training("softmax_attention", devices)
 
 
 def test_proved(request):
