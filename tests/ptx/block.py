@@ -4,6 +4,7 @@ What goes on by itself, copies and products, happens at a random time between it
 wait for it; till then what it writes is NaN. Warpgroups take turns at random, too.
 """
 
+import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -271,30 +272,31 @@ class Block:
         self, group: Warpgroup, at: np.ndarray, count: Any, expected: Any, active: Active
     ) -> None:
         """mbarrier.arrive, after some bytes are told to come."""
-        for lane, address, number, size in _each(active, _LANE, at, count, expected):
-            barrier, warp = self._barrier(address), group.warp[lane]
-            barrier.told = np.maximum(barrier.told, self._smem.clocks[warp])
-            barrier.bytes += size
+        arrivals = np.array([*_each(active, at, group.warp, count, expected)]).reshape(-1, 4)
+        for address in np.unique(arrivals[:, 0]):
+            barrier = self._barrier(address)
+            _, warps, counts, sizes = arrivals[arrivals[:, 0] == address].T
+            barrier.told = np.maximum(barrier.told, self._smem.clocks[np.unique(warps)].max(axis=0))
+            barrier.bytes += sizes.sum()
             if barrier.bytes > _MOST_BYTES:
                 raise Fault(f"a barrier waits for {barrier.bytes} bytes")
-            barrier.arrive(number)
+            barrier.arrive(counts.sum())
         self._smem.tick(group.warps)
 
     def wait(
         self, group: Warpgroup, at: np.ndarray, parity: np.ndarray
     ) -> Generator[Callable[[], bool], None, None]:
         """mbarrier.try_wait.parity, until it is true."""
-        ((address, odd),) = set(_each(True, at, parity))
-        barrier = self._barrier(address)
+        barrier, odd = self._barrier(_one(at)), _one(parity)
         while barrier.phase % 2 == odd:
             yield lambda: barrier.phase % 2 != odd
         self._smem.learn(group.warps, barrier.known)
 
     def sync(
-        self, group: Warpgroup, number: np.ndarray | int, threads: int
+        self, group: Warpgroup, number: np.ndarray, threads: int
     ) -> Generator[Callable[[], bool], None, None]:
         """bar.sync of whole warpgroups."""
-        ((number,),) = set(_each(True, number))
+        number = _one(number)
         here = self._meeting.setdefault(number, [])
         meetings = self._met.get(number, 0)
         here.append(group)
@@ -459,10 +461,11 @@ class Block:
             group.sums[id(found.registers[0])] = found
         found.products += 1
         columns, warps = 2 * len(total), group.warps[:, None]
-        operands = {"b": self._operand(b, columns, transposed[1])}
+        operands = {"b": _operand(_one(b), columns, transposed[1])}
         if not isinstance(a, list):
-            operands["a"] = self._operand(a, 64, transposed[0])
+            operands["a"] = _operand(_one(a), 64, transposed[0])
         for places in operands.values():
+            self._smem.check(places, 2)
             self._smem.reads(warps, places.reshape(-1), ended=False)
 
         def matrix(name: str) -> np.ndarray:
@@ -482,23 +485,6 @@ class Block:
 
         group.products.begun.append(multiply)
         return found.registers
-
-    def _operand(self, descriptor: np.ndarray, rows: int, transposed: bool) -> np.ndarray:
-        """Returns where a matrix of 16 bits [rows, 16] is, which is summed along the last index."""
-        ((bits,),) = set(_each(True, descriptor))
-        start, leading, stride = ((bits >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-        width = {1: 128, 2: 64, 3: 32}.get(bits >> 62)
-        if width is None or bits >> 49 & 7:
-            raise NotImplementedError(f"a matrix with the descriptor {bits:#x}")
-        row, inner = np.arange(rows)[:, None], np.arange(16)
-        if transposed:
-            places = row % (width // 2) * 2 + row // (width // 2) * leading
-            places = places + inner % 8 * width + inner // 8 * stride
-        else:
-            places = row % 8 * width + row // 8 * stride + inner * 2
-        places = swizzled(start + places, width)
-        self._smem.check(places, 2)
-        return places
 
     @staticmethod
     def commit_products(group: Warpgroup) -> None:
@@ -520,6 +506,29 @@ def _each(active: Active, *values: Any) -> Iterator[tuple[int, ...]]:
     lanes = _LANE if active is True else _LANE[active]
     rows = [np.broadcast_to(value, LANES)[lanes].tolist() for value in values]
     return zip(*rows, strict=True)
+
+
+def _one(values: np.ndarray) -> int:
+    """Returns a number that must be the same for all threads."""
+    if (values != values[0]).any():
+        raise Fault("threads of a warpgroup differ where they must not")
+    return int(values[0])
+
+
+@functools.lru_cache(1024)
+def _operand(descriptor: int, rows: int, transposed: bool) -> np.ndarray:
+    """Returns where a matrix of 16 bits [rows, 16] is, which is summed along the last index."""
+    start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
+    width = {1: 128, 2: 64, 3: 32}.get(descriptor >> 62)
+    if width is None or descriptor >> 49 & 7:
+        raise NotImplementedError(f"a matrix with the descriptor {descriptor:#x}")
+    row, inner = np.arange(rows)[:, None], np.arange(16)
+    if transposed:
+        places = row % (width // 2) * 2 + row // (width // 2) * leading
+        places = places + inner % 8 * width + inner // 8 * stride
+    else:
+        places = row % 8 * width + row // 8 * stride + inner * 2
+    return swizzled(start + places, width)
 
 
 def _floats(bits: np.ndarray, kind: str) -> np.ndarray:

@@ -5,6 +5,7 @@ and a list of arguments.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -63,7 +64,9 @@ def launch(code: str, addresses: Sequence[int]) -> Launch:
       addresses: of the kernel's arguments and results in GMEM.
     """
     memory: dict[int, Any] = {_ARGUMENTS + 8 * i: x for i, x in enumerate(addresses)}
-    values: dict[str, Any] = {"%0": 0, "%1": _ARGUMENTS}
+    head, *lines = code.splitlines()
+    *others, last = re.findall(r"%\d+", head)
+    values: dict[str, Any] = dict.fromkeys(others, 0) | {last: _ARGUMENTS}
     free, maps, found = _FREE, {}, None
 
     def value(text: str) -> Any:
@@ -72,7 +75,7 @@ def launch(code: str, addresses: Sequence[int]) -> Launch:
             return {}
         return values[text] if text.startswith("%") else int(text)
 
-    for line in code.splitlines()[1:]:
+    for line in lines:
         match = _STATEMENT.fullmatch(line)
         if not match:
             continue
@@ -81,7 +84,9 @@ def launch(code: str, addresses: Sequence[int]) -> Launch:
         if operation == "ret":
             break
         if operation == "load":
-            result = memory.get(value(arguments[1]))
+            at = value(arguments[1])
+            descriptors = range(at, at + _size(arguments[0]), 128)
+            result = memory[at] if at in memory else [maps[x] for x in descriptors]
         elif operation == "store":
             memory[value(arguments[1])] = value(arguments[0])
             continue
@@ -105,7 +110,7 @@ def launch(code: str, addresses: Sequence[int]) -> Launch:
             left, right = map(value, arguments)
             result = left + right if operation == "add" else left * right
         elif operation == "call":
-            function, given = re.fullmatch(r"void @(\w+)\((.*)\)", rest).groups()
+            function, given = re.fullmatch(r"\w+ @(\w+)\((.*)\)", rest).groups()
             given = [value(x) for x in arguments_of(given)]
             if function == "mosaic_gpu_init_tma_desc":
                 target, base, kind, rank, sizes, strides, swizzle, box = given
@@ -118,16 +123,16 @@ def launch(code: str, addresses: Sequence[int]) -> Launch:
                 maps[target] = TensorMap(base, item, sizes, strides, box, swizzle)
             elif function == "mosaic_gpu_build_kernel_spec":
                 _, *numbers, pointers, lengths = given
-                grid, cluster, block = (tuple(numbers[i : i + 3]) for i in (0, 3, 6))
-                if any(cluster) or block[1:] != (1, 1):
-                    raise NotImplementedError(f"clusters of {cluster} blocks of {block} threads")
                 parameters = []
                 for i in range(numbers[11]):
                     at, size = memory[pointers + 8 * i], memory[lengths + 4 * i]
-                    parameters.append(
-                        [maps[at + 128 * j] for j in range(size // 128)] if size else memory[at]
-                    )
-                found = Launch(grid, block[0], numbers[9], parameters)
+                    descriptors = range(at, at + size, 128)
+                    parameters.append([maps[x] for x in descriptors] if size else memory[at])
+                found = _launch(numbers, parameters)
+            elif function == "mosaic_gpu_launch_kernel":  # JAX 0.11
+                _, *numbers, _, pointers = given
+                places = itertools.takewhile(memory.__contains__, itertools.count(pointers, 8))
+                found = _launch(numbers, [memory[memory[at]] for at in places])
             else:
                 raise NotImplementedError(f"the host's function {function}")
             continue
@@ -135,6 +140,13 @@ def launch(code: str, addresses: Sequence[int]) -> Launch:
             raise NotImplementedError(f"the host's statement {line}")
         values[name] = result
     return found
+
+
+def _launch(numbers: Sequence[int], parameters: list[Any]) -> Launch:
+    grid, cluster, block = (tuple(numbers[i : i + 3]) for i in (0, 3, 6))
+    if any(cluster) or block[1:] != (1, 1):
+        raise NotImplementedError(f"clusters of {cluster} blocks of {block} threads")
+    return Launch(grid, block[0], numbers[9], parameters)
 
 
 def arguments_of(text: str) -> list[str]:

@@ -211,6 +211,14 @@ class _Writer:
         name = name[tuple(part for part in parts if part != "ftz")]
         self._let(x[0], f"{name}({', '.join(_value(v, 'f4') for v in x[1:])})", "f4")
 
+    def _bfe(self, parts: list[str], x: list[str]) -> None:
+        kind = _TYPES[parts[-1]]
+        size = 8 * int(kind[1:])
+        start, count = int(x[2]), int(x[3])
+        # The bits that are wanted go to the upper end, and back with zeros or the sign.
+        up, down = (_value(str(n), "u4") for n in (size - start - count, size - count))
+        self._let(x[0], f"right(left({_value(x[1], kind)}, {up}), {down})", kind)
+
     def _div(self, parts: list[str], x: list[str]) -> None:
         kind = _TYPES[parts[-1]]
         function = "divide" if kind == "f4" else "divided"
@@ -381,7 +389,9 @@ class _Writer:
         if parts[1] == "init":
             self._put(f"m.init_barrier({_address(x[0])}, {_value(x[1], 'u4')}, {self._active})")
             return
-        _only([parts[1], x[0]], ["arrive", "_"])
+        _only([parts[1]], ["arrive"])
+        if x[0] != "_":  # a state, which nobody waits for
+            self._let(x[0], "np.zeros(LANES, u8)", "u8")
         number = _value(x[2], "u4") if len(x) > 2 else "1"
         counts = ("1", number) if "expect_tx" in parts else (number, "0")
         self._call("arrive", _address(x[1]), *counts, self._active)
