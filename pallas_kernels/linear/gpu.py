@@ -13,7 +13,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
-from pallas_kernels.linear import features, gpu_noncausal, gpu_prepared, gpu_scalar
+from pallas_kernels.linear import (
+    features,
+    gpu_noncausal,
+    gpu_prepare_gradient,
+    gpu_prepared,
+    gpu_scalar,
+)
 from pallas_kernels.linear.gpu_call import Call, Spans
 from pallas_kernels.linear.gpu_features import MAPS, NOTHING, TAYLOR, unmapped
 from pallas_kernels.linear.gpu_proved import PROVED
@@ -161,9 +167,10 @@ def _fused(options: Options, x: Inputs, *, backward: bool = False) -> bool:
     walks = _walks(options, x)
     if options.feature_map == TAYLOR:  # which are no values
         return walks is gpu_scalar and not backward
-    # What XLA prepares, and the derivative of all that is prepared, is of features.
-    prepared = walks is gpu_prepared and (backward or x.log_momentum is not None)
-    return options.feature_map in MAPS and not prepared
+    # What XLA prepares, and its derivative of what is prepared, is of features.
+    by_kernel = gpu_prepare_gradient.serves(x.precision, x.log_decay, x.beta, x.log_momentum)
+    by_xla = x.log_momentum is not None or (backward and not by_kernel)
+    return options.feature_map in MAPS and not (walks is gpu_prepared and by_xla)
 
 
 def _arrays(

@@ -63,7 +63,7 @@ def prepare(call: Call) -> Prepared:
         arrays["beta"] = jnp.swapaxes(call.beta.astype(jnp.float32), 1, 2)
         results["erase"] = like((batch, tokens, memories, features), call.dtype)
         results["value"] = like((batch, tokens, memories, gpu.whole(width)), call.dtype)
-    steps = _steps(chunks, memories * batch)
+    steps = steps_of(chunks, memories * batch)
     plan = Plan(
         chunks=chunks,
         steps=steps,
@@ -114,7 +114,7 @@ def prepare(call: Call) -> Prepared:
     )
 
 
-def _steps(chunks: int, memories: int) -> int:
+def steps_of(chunks: int, memories: int) -> int:
     """Returns how many chunks a warpgroup takes, for all to be done soon."""
 
     def waves(steps: int) -> int:
@@ -165,15 +165,15 @@ def _kernel(
         logs = ("logs",) if plan.channels else ()
 
         def copy(step: Array, carry: None) -> None:
-            _copy(both, step, 0, plan.features, ("query", "key", *logs))
+            fetch(both, step, 0, plan.features, ("query", "key", *logs))
             if plan.delta:
-                _copy(both, step, plan.features, plan.features, ("key", *logs))
-                _copy(both, step, 2 * plan.features, plan.values, ("value",))
+                fetch(both, step, plan.features, plan.features, ("key", *logs))
+                fetch(both, step, 2 * plan.features, plan.values, ("value",))
 
         lax.fori_loop(0, plan.steps, copy, None)
 
 
-def _copy(
+def fetch(
     both: Sequence[Chunks], step: Array, first: int, count: int, names: Sequence[str]
 ) -> None:
     """Has the copy engine fetch tiles of chunks as soon as there is space for them.

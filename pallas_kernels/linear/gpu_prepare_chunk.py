@@ -229,23 +229,23 @@ class Chunks:
 
         def level(i: Array, scores: list[Array]) -> list[Array]:
             size = jnp.left_shift(jnp.int32(1), i)
-            decay = jnp.exp(self.sums(_block(size)))
+            decay = jnp.exp(self.sums(block(size)))
             keys = self.put(self.loaded("key", slot) * decay, plan.fine, parts)
             queries = _cut(self.loaded("query", slot) * decay, plan.parts)
             pairs = [(queries, keys[: plan.parts]), (keys, keys)]
             return [
-                total + jnp.where(_joined(size), gpu.product(left, gpu.transposed(right)), 0)
+                total + jnp.where(joined(size), gpu.product(left, gpu.transposed(right)), 0)
                 for (left, right), total in zip(pairs, scores, strict=False)
             ]
 
         scores = lax.fori_loop(0, LEVELS, level, scores)
-        since = jnp.exp(self.sums(_prefix()))
+        since = jnp.exp(self.sums(prefix()))
         self.write("reader", self.loaded("query", slot) * since, step, tile)
-        until = jnp.exp(self.sums(_suffix()))
+        until = jnp.exp(self.sums(suffix()))
         self.write("writer", self.loaded("key", slot) * until, step, tile)
         # Last, as else what is loaded would stay in registers.
         same = jnp.sum(self.loaded("query", slot) * self.loaded("key", slot), axis=1)
-        same = jnp.where(_diagonal(), gpu.across(same, SQUARE), 0)
+        same = jnp.where(diagonal(), gpu.across(same, SQUARE), 0)
         scores[0] = scores[0] + same
         return scores
 
@@ -256,7 +256,7 @@ class Chunks:
 
     def sums(self, which: Array) -> Array:
         """Returns sums of logarithms, for each row of those of some tokens."""
-        return gpu.product([_where(which)], self.own("tiles")[: self.plan.fine])
+        return gpu.product([chosen(which)], self.own("tiles")[: self.plan.fine])
 
     def write_decays(self, step: Array, tile: Array) -> None:
         """Writes the decays of the chunk: features are rows, as no sums of rows are safe."""
@@ -272,7 +272,7 @@ class Chunks:
         """Returns the decays from the beginning of the chunk to each token."""
         if self.plan.channels:
             self.cut_logs(slot)
-            return jnp.exp(self.sums(_prefix()))
+            return jnp.exp(self.sums(prefix()))
         if "numbers" not in self.arguments:
             return 1.0
         return gpu.across(self.number(step, "since"), SQUARE)
@@ -295,21 +295,19 @@ class Chunks:
             decay = jnp.exp(total)
             scores = [decay * x for x in scores]
         # No token sees itself among keys.
-        seen = [_prefix(), _within(0, _rows())]
+        seen = [prefix(), within(0, rows())]
         return [jnp.where(mask, x, 0) for mask, x in zip(seen, scores, strict=False)]
 
     def inverse(self, lower: Array) -> Array:
         """Returns the inverse of 1 + L."""
         self.put(lower, 0, 2)
-        first = jnp.where(_diagonal(), 1.0, 0.0) - jnp.where(_joined(1), lower, 0)
+        first = jnp.where(diagonal(), 1.0, 0.0) - jnp.where(joined(1), lower, 0)
 
         def level(i: Array, inverse: Array) -> Array:
             size = jnp.left_shift(jnp.int32(1), i)
             parts = self.put(inverse, 2, 2)
             # Blocks of the inverse are on the diagonal: they keep what joins pairs where it is.
-            cross = jnp.where(
-                _joined(size), gpu.product(_cut(inverse, 2), self.own("tiles")[:2]), 0
-            )
+            cross = jnp.where(joined(size), gpu.product(_cut(inverse, 2), self.own("tiles")[:2]), 0)
             return inverse - gpu.product(_cut(cross, 2), parts)
 
         return lax.fori_loop(1, LEVELS, level, first)
@@ -348,11 +346,12 @@ def _cut(x: Array, count: int) -> list[Array]:
     return parts
 
 
-def _rows() -> Array:
+def rows() -> Array:
+    """Returns the numbers of rows."""
     return gpu.iota(CHUNK, gpu.OF_ROWS)
 
 
-def _within(first: Array | int, end: Array | int) -> Array:
+def within(first: Array | int, end: Array | int) -> Array:
     """Returns where a square has columns between two of each row."""
     column = gpu.down(gpu.iota(CHUNK, gpu.OF_COLUMNS), SQUARE)
     first, end = (x if isinstance(x, int) else gpu.across(x, SQUARE) for x in (first, end))
@@ -361,36 +360,46 @@ def _within(first: Array | int, end: Array | int) -> Array:
     return column >= first if isinstance(end, int) else (column >= first) & (column < end)
 
 
-def _where(mask: Array) -> Array:
+def chosen(mask: Array) -> Array:
     """Returns the matrix of sums of what is there in each row."""
     return jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)
 
 
-def _prefix() -> Array:
+def prefix() -> Array:
     """Returns where tokens are up to that of the row."""
-    return _within(0, _rows() + 1)
+    return within(0, rows() + 1)
 
 
-def _suffix() -> Array:
+def suffix() -> Array:
     """Returns where tokens are after that of the row."""
-    return _within(_rows() + 1, CHUNK)
+    return within(rows() + 1, CHUNK)
 
 
-def _block(size: Array) -> Array:
+def block(size: Array) -> Array:
     """Returns where tokens are between that of the row and the middle of a pair of blocks."""
-    row = _rows()
+    row = rows()
     second, begin = (row & size) > 0, row & -size
     first, end = jnp.where(second, begin, row + 1), jnp.where(second, row + 1, begin + size)
-    return _within(first, end)
+    return within(first, end)
 
 
-def _joined(size: Array | int) -> Array:
+def of_block(size: Array) -> Array:
+    """Returns the transpose of `block`."""
+    row = rows()
+    begin = row & -size
+    second = (row & size) > 0
+    first, end = jnp.where(second, row, begin), jnp.where(second, begin + size, row)
+    return within(first, end)
+
+
+def joined(size: Array | int) -> Array:
     """Returns where rows are of the second of a pair of blocks, and columns of the first."""
-    row = _rows()
+    row = rows()
     first = jnp.where((row & size) > 0, (row & -size) - size, CHUNK)
-    return _within(first, first + size)
+    return within(first, first + size)
 
 
-def _diagonal() -> Array:
-    row = _rows()
-    return _within(row, row + 1)
+def diagonal() -> Array:
+    """Returns where tokens are that of the row."""
+    row = rows()
+    return within(row, row + 1)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.linear import blocks, gpu_momentum
+from pallas_kernels.linear import blocks, gpu_momentum, gpu_prepare_gradient
 from pallas_kernels.linear.gpu_call import (
     Call,
     begun,
@@ -75,7 +75,11 @@ def backward(
     """Returns gradients by name, see `gpu_scalar.backward`."""
     arrays = {name: getattr(call, name) for name in names if name != "memory"}
     of_call = prepared if call.log_momentum is None else gpu_momentum.prepared
-    x, pull = jax.vjp(lambda arrays: of_call(call._replace(**arrays)), arrays)
+    by_kernel = gpu_prepare_gradient.serves(call.dtype, call.logs, call.beta, call.log_momentum)
+    if by_kernel:
+        x = prepare(call)
+    else:
+        x, pull = jax.vjp(lambda arrays: of_call(call._replace(**arrays)), arrays)
     spans, delta = call.spans, x.erase is not None
     given = Walk(
         *(x.writer, x.value, spans.starts(kept).astype(jnp.float32)),
@@ -111,8 +115,11 @@ def backward(
         erase=of_tokens(-product("bcniv,bcnfv->bcnif", of_value, memory)) if delta else None,
     )
     d_x = jax.tree.map(lambda gradient, array: gradient.astype(array.dtype), d_x, x)
-    with in_full(call.dtype):
-        (gradients,) = pull(d_x)
+    if by_kernel:
+        gradients = gpu_prepare_gradient.gradients(call, d_x)
+    else:
+        with in_full(call.dtype):
+            (gradients,) = pull(d_x)
     gradients |= {"memory": walked.memory[:, 0]}
     return {name: gradients[name] for name in names}
 

@@ -43,6 +43,9 @@ GPU_CASES = {
         140, 1, 2, 1, decay="step", normalize=True, feature_map="elu_plus_one", segments=True
     ),
     "channels, no sum of weights to add to": TPU_CASES["channels, no sum of weights to add to"],
+    "channels, shared keys, relu, segments, bfloat16": Case(
+        130, 1, 2, 1, features=80, decay="channel", feature_map="relu", segments=True, state=True
+    ),
     "delta, bfloat16": Case(70, 1, 2, 1, decay=None, beta=True),
     "delta, steps, groups of both, elu": Case(
         70,
