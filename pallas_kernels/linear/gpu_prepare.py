@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
@@ -79,19 +80,9 @@ def prepare(call: Call) -> Prepared:
         dtype=call.dtype,
         feature_map=call.feature_map,
     )
-    results = gpu.run(
-        functools.partial(_kernel, plan),
-        arrays,
-        results,
-        _scratch(plan),
-        name="linear_prepare",
-        grid={
-            "block": -(-chunks // (gpu.COMPUTING * steps)),
-            "memory": memories,
-            "batch": batch,
-        },
-        exact=False,  # of exponents below 0: the last bits of products are coarser
-    )
+    scratch = {"tiles": [own(jnp.bfloat16)] * plan.tiles, "out": own(plan.dtype)}
+    scratch |= {"ones": own(jnp.bfloat16)} if channels else {}
+    results = run(Chunks, plan, arrays, results, scratch, name="linear_prepare", batch=batch)
 
     def of_memories(array: Array) -> Array:
         return jnp.repeat(array, memories // array.shape[2], axis=2)
@@ -125,29 +116,63 @@ def steps_of(chunks: int, memories: int) -> int:
     return min(range(1, MOST_STEPS + 1), key=lambda steps: (waves(steps) * steps, waves(steps)))
 
 
-def _scratch(plan: Plan) -> dict[str, Any]:
-    """Returns the SMEM of a block."""
-    both, slots = gpu.COMPUTING, gpu.COMPUTING * plan.stages
-    scratch = {name: gpu.smem((slots, *SQUARE), plan.dtype) for name in ("query", "key")}
+def own(dtype: DTypeLike) -> Any:
+    """Returns SMEM of a tile for each warpgroup that computes."""
+    return gpu.smem((gpu.COMPUTING, *SQUARE), dtype)
+
+
+def run(
+    of: type[Chunks],
+    plan: Plan,
+    arguments: dict[str, Array],
+    results: dict[str, Any],
+    scratch: dict[str, Any],
+    *,
+    name: str,
+    batch: int,
+) -> dict[str, Array]:
+    """Runs a kernel that goes through all chunks.
+
+    Args:
+      of: what a warpgroup does with its chunks.
+      plan: of the kernel.
+      arguments: what the copy engine fetches, and more.
+      results: their types.
+      scratch: SMEM for what is not fetched.
+      name: of the kernel.
+      batch: its size.
+    """
+    slots = gpu.COMPUTING * plan.stages
+    scratch |= {x: gpu.smem((slots, *SQUARE), plan.dtype) for x in ("query", "key")}
     if plan.channels:
         scratch["logs"] = gpu.smem((slots, *SQUARE), jnp.float32)
-        scratch["ones"] = gpu.smem((both, *SQUARE), jnp.bfloat16)
-    scratch["tiles"] = [gpu.smem((both, *SQUARE), jnp.bfloat16)] * plan.tiles
-    scratch["out"] = gpu.smem((both, *SQUARE), plan.dtype)
     scratch["ready"] = plgpu.Barrier(num_arrivals=plan.copies, num_barriers=slots)
     scratch["free"] = plgpu.Barrier(num_arrivals=1, num_barriers=slots)
-    return scratch
+    return gpu.run(
+        functools.partial(_kernel, of, plan),
+        arguments,
+        results,
+        scratch,
+        name=name,
+        grid={
+            "block": -(-plan.chunks // (gpu.COMPUTING * plan.steps)),
+            "memory": plan.memories,
+            "batch": batch,
+        },
+        exact=False,  # of exponents below 0: the last bits of products are coarser
+    )
 
 
 def _kernel(
+    of: type[Chunks],
     plan: Plan,
     arguments: dict[str, Any],
     results: dict[str, Any],
     scratch: dict[str, Any],
     place: dict[str, Array],
 ) -> None:
-    """Prepares some chunks of a memory."""
-    place_of = functools.partial(Chunks, plan, arguments, results, scratch, place)
+    """Goes through some chunks of a memory."""
+    place_of = functools.partial(of, plan, arguments, results, scratch, place)
 
     # First what computes: what it needs would stay in the few registers of what copies.
     @pl.when(place["warpgroup"] < gpu.COMPUTING)
@@ -165,15 +190,15 @@ def _kernel(
         logs = ("logs",) if plan.channels else ()
 
         def copy(step: Array, carry: None) -> None:
-            fetch(both, step, 0, plan.features, ("query", "key", *logs))
+            _fetch(both, step, 0, plan.features, ("query", "key", *logs))
             if plan.delta:
-                fetch(both, step, plan.features, plan.features, ("key", *logs))
-                fetch(both, step, 2 * plan.features, plan.values, ("value",))
+                _fetch(both, step, plan.features, plan.features, ("key", *logs))
+                _fetch(both, step, 2 * plan.features, plan.values, ("value",))
 
         lax.fori_loop(0, plan.steps, copy, None)
 
 
-def fetch(
+def _fetch(
     both: Sequence[Chunks], step: Array, first: int, count: int, names: Sequence[str]
 ) -> None:
     """Has the copy engine fetch tiles of chunks as soon as there is space for them.

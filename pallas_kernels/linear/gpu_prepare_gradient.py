@@ -10,7 +10,6 @@ to the gradients: those of logarithms are no differences of large numbers.
 """
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -22,7 +21,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import gpu
 from pallas_kernels.linear.gpu_call import Call
 from pallas_kernels.linear.gpu_features import NOTHING
-from pallas_kernels.linear.gpu_prepare import Prepared, fetch, steps_of
+from pallas_kernels.linear.gpu_prepare import Prepared, own, run, steps_of
 from pallas_kernels.linear.gpu_prepare_chunk import (
     LEVELS,
     SQUARE,
@@ -86,19 +85,9 @@ def gradients(call: Call, d: Prepared) -> dict[str, Float[Array, "B T M _"]]:
         dtype=call.dtype,
         feature_map=call.feature_map,
     )
-    found = gpu.run(
-        functools.partial(_kernel, plan),
-        arguments,
-        dict.fromkeys(TILES, like),
-        _scratch(plan),
-        name="linear_prepare_gradient",
-        grid={
-            "block": -(-chunks // (gpu.COMPUTING * plan.steps)),
-            "memory": memories,
-            "batch": batch,
-        },
-        exact=False,
-    )
+    scratch = {"tiles": [own(jnp.bfloat16)] * (plan.fine + 2), "out": own(jnp.float32)}
+    results, name = dict.fromkeys(TILES, like), "linear_prepare_gradient"
+    found = run(_Gradients, plan, arguments, results, scratch, name=name, batch=batch)
     found = {name: array[..., :size] for name, array in found.items()}
     # A chunk's own decay is that of all its tokens.
     whole = jnp.exp(jnp.sum(call.logs.reshape(batch, chunks, CHUNK, memories, size), axis=2))
@@ -107,49 +96,11 @@ def gradients(call: Call, d: Prepared) -> dict[str, Float[Array, "B T M _"]]:
     return found | {"value": d.value}
 
 
-def _scratch(plan: Plan) -> dict[str, Any]:
-    """Returns the SMEM of a block."""
-    both, slots = gpu.COMPUTING, gpu.COMPUTING * plan.stages
-    scratch = {name: gpu.smem((slots, *SQUARE), plan.dtype) for name in ("query", "key")}
-    scratch["logs"] = gpu.smem((slots, *SQUARE), jnp.float32)
-    scratch["tiles"] = [gpu.smem((both, *SQUARE), jnp.bfloat16)] * (plan.fine + 2)
-    scratch["out"] = gpu.smem((both, *SQUARE), jnp.float32)
-    scratch["ready"] = plgpu.Barrier(num_arrivals=plan.copies, num_barriers=slots)
-    scratch["free"] = plgpu.Barrier(num_arrivals=1, num_barriers=slots)
-    return scratch
-
-
-def _kernel(
-    plan: Plan,
-    arguments: dict[str, Any],
-    results: dict[str, Any],
-    scratch: dict[str, Any],
-    place: dict[str, Array],
-) -> None:
-    """Finds gradients of some chunks of a memory."""
-    place_of = functools.partial(_Gradients, plan, arguments, results, scratch, place)
-
-    # First what computes: see `gpu_prepare`.
-    @pl.when(place["warpgroup"] < gpu.COMPUTING)
-    def _() -> None:
-        plgpu.set_max_registers(gpu.REGISTERS, action="increase")
-        chunks = place_of(place["warpgroup"])
-        lax.fori_loop(0, chunks.count, chunks, None)
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(place["warpgroup"] == gpu.COMPUTING)
-    def _() -> None:
-        plgpu.set_max_registers(gpu.REGISTERS_COPYING, action="decrease")
-        both = [place_of(warpgroup) for warpgroup in range(gpu.COMPUTING)]
-
-        def copy(step: Array, carry: None) -> None:
-            fetch(both, step, 0, plan.features, TILES)
-
-        lax.fori_loop(0, plan.steps, copy, None)
-
-
 class _Gradients(Chunks):
     """The chunks of a warpgroup."""
+
+    def begin(self) -> None:
+        """Has nothing to do once."""
 
     def __call__(self, step: Array, carry: None) -> None:
         """Finds the gradients of a chunk."""
