@@ -1,5 +1,6 @@
 """Chunks of tokens: loops over them, all but the last of one size, and how they are joined."""
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +36,14 @@ def chunk_loop(
     return body(0, carry) if part.count == 1 else jax.lax.fori_loop(0, part.count, body, carry)
 
 
-def joined(decay: Array, added: Array, first: Array, *, reverse: bool = False) -> Array:
+def joined(
+    decay: Array,
+    added: Array,
+    first: Array,
+    *,
+    reverse: bool = False,
+    times: Callable[[Array, Array], Array] = operator.mul,
+) -> Array:
     """Returns what a memory is after each of some chunks, given what it is before the first.
 
     Args:
@@ -43,11 +51,12 @@ def joined(decay: Array, added: Array, first: Array, *, reverse: bool = False) -
       added: what is added to it in a chunk, likewise.
       first: what it is before the first chunk, [B, ...], or after the last if `reverse`.
       reverse: whether to go from the last chunk to the first.
+      times: what is left of something: of a memory, or of what is left of it.
     """
     at = -1 if reverse else 0
-    added = added.at[:, at].add(decay[:, at] * first)
+    added = added.at[:, at].add(times(decay[:, at], first))
 
     def combine(one: tuple[Array, Array], then: tuple[Array, Array]) -> tuple[Array, Array]:
-        return one[0] * then[0], then[0] * one[1] + then[1]
+        return times(then[0], one[0]), times(then[0], one[1]) + then[1]
 
     return jax.lax.associative_scan(combine, (decay, added), axis=1, reverse=reverse)[1]

@@ -33,7 +33,7 @@ needs_compiler = pytest.mark.skipif(not _has_compiler(), reason=_NO_COMPILER)
 
 
 def emulated(seed=0):
-    """Emulates GPU kernels that are traced inside of it, see tests/ptx; yields those that ran.
+    """Emulates GPU kernels that are traced inside of it, see tests/ptx; yields those it compiled.
 
     Wait for results inside. Where they cannot be compiled, the test is skipped.
 
@@ -48,6 +48,13 @@ def emulated(seed=0):
 def compiled(kernels):
     """Returns what became of emulated kernels, in the order of a record."""
     return sorted((x.compiled for x in kernels), key=lambda x: (x.kernel, x.wgmma))
+
+
+def kernels_of(case):
+    """Returns what becomes of the kernels of a case, compiled with nothing around them."""
+    with emulated() as kernels:
+        jax.jit(case.function).lower(*case.arguments)
+    return compiled(kernels)
 
 
 class Record:

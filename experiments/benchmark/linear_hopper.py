@@ -31,7 +31,7 @@ def cases() -> dict[str, Case]:
         tokens = TOKENS + 64 * i
         for dtype, features in shown:
             inputs = VARIANTS[name].inputs(tokens, HEADS, features, dtype)
-            # These two take all kernels of the backward; more of what is prepared is XLA's.
+            # These take all kernels of the backward; more is XLA's: in float32, and for momentum.
             by = ("query", "value") if name in PREPARED else None
             function = VARIANTS[name].function("gradient", [*inputs], HEADS, "pallas_gpu", by)
             found[f"{name}, {dtype}, {features} features"] = Case(function, (*inputs.values(),))

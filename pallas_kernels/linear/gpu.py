@@ -168,7 +168,7 @@ def _fused(options: Options, x: Inputs, *, backward: bool = False) -> bool:
     if options.feature_map == TAYLOR:  # which are no values
         return walks is gpu_scalar and not backward
     # What XLA prepares, and its derivative of what is prepared, is of features.
-    by_kernel = gpu_prepare_gradient.serves(x.precision, x.log_decay, x.beta, x.log_momentum)
+    by_kernel = gpu_prepare_gradient.serves(x.precision, x.log_momentum)
     by_xla = x.log_momentum is not None or (backward and not by_kernel)
     return options.feature_map in MAPS and not (walks is gpu_prepared and by_xla)
 

@@ -1,5 +1,7 @@
 """What the walks of linear attention on Hopper GPUs are made for: a call, cut up in time."""
 
+import functools
+import operator
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -17,6 +19,11 @@ from pallas_kernels.tpu import padded
 
 SHORTEST = 16
 """Chunks that a span has at least, as to find what it begins with takes half as long again."""
+
+
+WORTH = 2
+"""How many times as many spans there are as walks in all, where a walk through the unit matrix has
+to find what they leave of the memory."""
 
 
 class Spans(NamedTuple):
@@ -97,6 +104,8 @@ def begun(given: Walk, logs: Array | None, spans: Spans, name: str) -> Walk:
     """Returns a walk in spans, with what each of them begins with.
 
     A walk through all spans at the same time, each from zero, finds what they add to the memory.
+    What they leave of it is known from decays or, by the delta rule and with momentum, is what a
+    walk through them leaves of the unit matrix, of more columns.
 
     Args:
       given: the walk with what the first of its spans begins with, and no spans.
@@ -104,14 +113,29 @@ def begun(given: Walk, logs: Array | None, spans: Spans, name: str) -> Walk:
       spans: how it is cut.
       name: of the kernel that finds what spans add.
     """
-    if spans.count == 1:
+    batch, _, memories, rows, width = given.memory.shape
+    walks = 2 + gpu.whole(rows) // gpu.whole(width)
+    if spans.count < max(2, 0 if _is_diagonal(given) else WORTH * walks):
         return given
-    batch, _, *shape = given.memory.shape
-    zeros = jnp.zeros_like(given.memory, shape=(batch, spans.count, *shape))
-    given = given._replace(span=spans.span)
-    added = walk(given._replace(memory=zeros, reader=None, keep=0), name).memory
-    decays, first = _decays_of_spans(logs, spans, added), given.memory
-    after = joined(decays, added, first[:, 0], reverse=given.reverse)
+    zeros = jnp.zeros_like(given.memory, shape=(batch, spans.count, memories, rows, width))
+    given, times = given._replace(span=spans.span), operator.mul
+    alone = given._replace(memory=zeros, keep=0, writes=False)
+    if given.erase is None or given.correct:  # nothing that is read changes the memory
+        alone = alone._replace(reader=None, scores=None)
+    if _is_diagonal(given):
+        added = walk(alone, name).memory
+        decays = _decays_of_spans(logs, spans, added)
+    else:
+        one = jnp.broadcast_to(jnp.eye(rows), (*zeros.shape[:3], rows, rows))
+        nothing = jnp.zeros_like(given.value, shape=(*given.value.shape[:3], rows))
+        alone = alone._replace(
+            memory=jnp.concatenate([one, zeros], axis=-1),
+            value=jnp.concatenate([nothing, given.value], axis=-1),
+        )
+        decays, added = jnp.split(walk(alone, name).memory, [rows], axis=-1)
+        times = functools.partial(jnp.matmul, precision="highest")
+    first = given.memory
+    after = joined(decays, added, first[:, 0], reverse=given.reverse, times=times)
     begins = (after[:, 1:], first) if given.reverse else (first, after[:, :-1])
     return given._replace(memory=jnp.concatenate(begins, axis=1))
 
@@ -130,6 +154,11 @@ def numbers(logs: Float[Array, "B T M"] | None, *, reverse: bool) -> Float[Array
         since, until = until, since
     numbers = jnp.stack([coarse, fine, since, until], axis=2)
     return numbers.reshape(batch, memories, 4, tokens)
+
+
+def _is_diagonal(given: Walk) -> bool:
+    """Returns whether each number of the memory decays by itself."""
+    return given.erase is None and given.mixing is None
 
 
 def _decays_of_spans(

@@ -8,202 +8,102 @@ into parts of bfloat16. The inverse that the delta rule needs grows by the same 
 of the blocks of s tokens and C what joins pairs of them, X - X C X is that of the blocks of 2 s.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels import gpu
-from pallas_kernels.linear.gpu_features import MAPS
+from pallas_kernels.linear.gpu_chunks import SQUARE, Chunks, cut
 from pallas_kernels.linear.gpu_walk import CHUNK, NUMBERS
 from pallas_kernels.linear.inputs import LOWEST
-
-SQUARE = (CHUNK, CHUNK)
-"""Tokens and features, or tokens and tokens: the tiles of all products."""
 
 LEVELS = 6
 """Sizes of blocks: 1, 2, ..., 32."""
 
 
-class Plan(NamedTuple):
-    """The static part of a kernel."""
+class Decayed(Chunks):
+    """Chunks with decays, and with betas."""
 
-    chunks: int
-    steps: int
-    """Chunks of a warpgroup, but for the last ones."""
-    features: int
-    """Tiles of 64."""
-    values: int
-    stages: int
-    memories: int
-    heads: dict[str, int]
-    channels: bool
-    """Whether each feature has decays of its own."""
-    same: bool
-    """Whether the numbers of all chunks are the same."""
-    alone: bool
-    """Whether those of all batch rows are."""
-    delta: bool
-    dtype: DTypeLike
-    feature_map: str | None
-    """What queries and keys are mapped by, one of `gpu_features.MAPS`."""
+    def cut_logs(self, slot: Array) -> None:
+        """Puts the parts of logarithms where the matrix units can read them."""
+        logs = jnp.maximum(self.loaded("logs", slot), LOWEST)
+        self.put(logs, 0, self.plan.fine)
 
-    @property
-    def exact(self) -> bool:
-        """Returns whether matrices of features are cut in two parts."""
-        return self.dtype == jnp.float32
+    def sums(self, which: Array) -> Array:
+        """Returns sums of logarithms, for each row of those of some tokens."""
+        return gpu.product([chosen(which)], self.own("tiles")[: self.plan.fine])
 
-    @property
-    def parts(self) -> int:
-        """Returns how many parts they are cut in."""
-        return 2 if self.exact else 1
+    def number(self, step: Array, name: str, layout: Any = gpu.OF_ROWS) -> Array:
+        """Returns a number of every token."""
+        tokens = pl.ds(0, CHUNK) if self.plan.same else self.tokens(step)
+        at = 0 if self.plan.alone else self.batch, self.memory, NUMBERS.index(name), tokens
+        numbers = plgpu.load(self.arguments["numbers"].at[at], layout=layout, optimized=False)
+        return lax.optimization_barrier(numbers)  # else layouts of rows and columns are mixed up
 
-    @property
-    def fine(self) -> int:
-        """Returns how many parts logarithms are cut in: 24 bits, or 16 before 8 are left."""
-        return (3 if self.exact else 2) if self.channels else 0
+    def between(self, step: Array) -> Array:
+        """Returns the decays between tokens, that may be infinite above the diagonal."""
+        total = 0.0
+        for name in ("coarse", "fine"):
+            of_row = gpu.across(self.number(step, name), SQUARE)
+            total += of_row - gpu.down(self.number(step, name, gpu.OF_COLUMNS), SQUARE)
+        return jnp.exp(total)
 
-    @property
-    def tiles(self) -> int:
-        """Returns how many tiles a warpgroup needs for matrices of its own."""
-        return max(4, self.fine + 2) if self.delta else self.fine + self.parts
-
-    @property
-    def copies(self) -> int:
-        """Returns how many tiles a slot has."""
-        return 3 if self.channels else 2
-
-    @property
-    def jobs(self) -> int:
-        """Returns how often the copies of a chunk fill a slot."""
-        return self.features + (self.features + self.values if self.delta else 0)
+    def beta(self, step: Array, layout: Any = gpu.OF_ROWS) -> Array:
+        """Returns the betas of a chunk."""
+        beta = self.arguments["beta"].at[self.batch, self.memory, self.tokens(step)]
+        return plgpu.load(beta, layout=layout, optimized=False)
 
 
-class Chunks:
-    """The chunks of a warpgroup."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        arguments: dict[str, Any],
-        results: dict[str, Any],
-        scratch: dict[str, Any],
-        place: dict[str, Array],
-        warpgroup: Array | int,
-    ):
-        """Finds them."""
-        self.plan, self.arguments, self.results = plan, arguments, results
-        self.scratch, self.warpgroup = scratch, warpgroup
-        self.batch, self.memory = place["batch"], place["memory"]
-        self.first = (place["block"] * gpu.COMPUTING + warpgroup) * plan.steps
-        self.count = jnp.clip(plan.chunks - self.first, 0, plan.steps)
+class Preparation(Decayed):
+    """Chunks that are prepared."""
 
     def begin(self) -> None:
         """Does what is done once."""
         if self.plan.channels:
             self.own("ones")[...] = gpu.matrix(1.0, SQUARE).astype(jnp.bfloat16)
 
-    def own(self, name: str) -> Any:
-        """Returns SMEM of the warpgroup."""
-        # Addresses of all operands take too many registers, unless they are made where they are
-        # used.
-        warpgroup = lax.optimization_barrier(self.warpgroup)
-        return jax.tree.map(lambda ref: ref.at[warpgroup], self.scratch[name])
-
-    def loaded(self, name: str, slot: Array) -> Array:
-        """Returns a tile that has been copied, float32, in registers."""
-        tile = self.scratch[name].at[lax.optimization_barrier(slot)]
-        return plgpu.load(tile, layout=gpu.MATRIX).astype(jnp.float32)
-
-    def map(self, slot: Array, *names: str) -> None:
-        """Puts features in the place of what they are made of."""
-        if self.plan.feature_map is None:
-            return
-        for name in names:
-            features = MAPS[self.plan.feature_map](self.loaded(name, slot))
-            tile = self.scratch[name].at[lax.optimization_barrier(slot)]
-            tile[...] = features.astype(tile.dtype)
-        plgpu.commit_smem()
-
-    def tokens(self, step: Array) -> Any:
-        """Returns the tokens of a chunk."""
-        return pl.ds((self.first + step) * CHUNK, CHUNK)
-
-    def slot(self, job: Array) -> Array:
-        """Returns where tiles are that have been copied."""
-        return self.warpgroup * self.plan.stages + lax.rem(job, self.plan.stages)
-
     def __call__(self, step: Array, carry: None) -> None:
         """Prepares a chunk."""
-        plan, first = self.plan, step * self.plan.jobs
+        plan = self.plan
         scores = [gpu.matrix(0.0, SQUARE) for _ in range(1 + plan.delta)]
         of_tile = self.scores_by_channel if plan.channels else self.scores
-        scores = self.each(plan.features, functools.partial(of_tile, step), first, scores)
+        scores = self.each(0, step, of_tile, scores)
         if not plan.channels:
             scores = self.decayed(step, scores)
         self.write("scores", scores[0], step)
         if not plan.delta:
             return
-        beta = self.arguments["beta"].at[self.batch, self.memory, self.tokens(step)]
-        of_row = plgpu.load(beta, layout=gpu.OF_ROWS, optimized=False)
-        inverse = self.inverse(scores[1] * gpu.across(of_row, SQUARE))
-        of_column = plgpu.load(beta, layout=gpu.OF_COLUMNS, optimized=False)
-        weights = _cut(inverse * gpu.down(of_column, SQUARE), 2)
+        inverse = self.inverse(scores[1] * gpu.across(self.beta(step), SQUARE))
+        weights = cut(inverse * gpu.down(self.beta(step, gpu.OF_COLUMNS), SQUARE), 2)
+        if "inverse" in self.results:
+            for i, part in enumerate(cut(inverse, 2)):
+                self.write("inverse", part, step, i)
 
-        def erase(slot: Array, tile: Array, carry: list[Array]) -> list[Array]:
+        def erase(step: Array, slot: Array, tile: Array, carry: list[Array]) -> list[Array]:
             self.map(slot, "key")
             keys = self.loaded("key", slot)
             keys = self.put(keys * self.since(step, slot), plan.fine, 2)
             self.write("erase", gpu.product(weights, keys), step, tile)
             return carry
 
-        def value(slot: Array, tile: Array, carry: list[Array]) -> list[Array]:
+        def value(step: Array, slot: Array, tile: Array, carry: list[Array]) -> list[Array]:
             values = self.operand("query", slot)
             self.write("value", gpu.product(weights, values), step, tile)
             return carry
 
-        self.each(plan.features, erase, first + plan.features, [])
-        self.each(plan.values, value, first + 2 * plan.features, [])
-
-    def each(
-        self,
-        count: int,
-        function: Callable[[Array, Array, list[Array]], list[Array]],
-        job: Array,
-        carry: list[Array],
-    ) -> list[Array]:
-        """Calls a function for each of some tiles, when they are there.
-
-        Args:
-          count: of the tiles.
-          function: gets where in SMEM, which tile, and what it returned for the one before.
-          job: number of the first copies.
-          carry: for the first tile.
-        """
-
-        def step(tile: Array, carry: list[Array]) -> list[Array]:
-            slot = self.slot(job + tile)
-            plgpu.barrier_wait(self.scratch["ready"].at[slot])
-            carry = function(slot, tile, carry)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(self.scratch["free"].at[slot])
-            return carry
-
-        return lax.fori_loop(0, count, step, carry)
+        self.each(1, step, erase, [])
+        self.each(2, step, value, [])
 
     def scores(self, step: Array, slot: Array, tile: Array, scores: list[Array]) -> list[Array]:
         """Adds what a tile of features adds to scores, without decays."""
         self.map(slot, "query", "key")
         keys = self.operand("key", slot)
         exact, query = self.plan.exact, self.scratch["query"].at[slot]
-        queries = _cut(self.loaded("query", slot), 2) if exact else [query]
+        queries = cut(self.loaded("query", slot), 2) if exact else [query]
         left = [queries, keys][: len(scores)]
         scores = [
             gpu.accumulated(total, x, gpu.transposed(keys))
@@ -231,7 +131,7 @@ class Chunks:
             size = jnp.left_shift(jnp.int32(1), i)
             decay = jnp.exp(self.sums(block(size)))
             keys = self.put(self.loaded("key", slot) * decay, plan.fine, parts)
-            queries = _cut(self.loaded("query", slot) * decay, plan.parts)
+            queries = cut(self.loaded("query", slot) * decay, plan.parts)
             pairs = [(queries, keys[: plan.parts]), (keys, keys)]
             return [
                 total + jnp.where(joined(size), gpu.product(left, gpu.transposed(right)), 0)
@@ -248,15 +148,6 @@ class Chunks:
         same = jnp.where(diagonal(), gpu.across(same, SQUARE), 0)
         scores[0] = scores[0] + same
         return scores
-
-    def cut_logs(self, slot: Array) -> None:
-        """Puts the parts of logarithms where the matrix units can read them."""
-        logs = jnp.maximum(self.loaded("logs", slot), LOWEST)
-        self.put(logs, 0, self.plan.fine)
-
-    def sums(self, which: Array) -> Array:
-        """Returns sums of logarithms, for each row of those of some tokens."""
-        return gpu.product([chosen(which)], self.own("tiles")[: self.plan.fine])
 
     def write_decays(self, step: Array, tile: Array) -> None:
         """Writes the decays of the chunk: features are rows, as no sums of rows are safe."""
@@ -277,22 +168,10 @@ class Chunks:
             return 1.0
         return gpu.across(self.number(step, "since"), SQUARE)
 
-    def number(self, step: Array, name: str, layout: Any = gpu.OF_ROWS) -> Array:
-        """Returns a number of every token."""
-        tokens = pl.ds(0, CHUNK) if self.plan.same else self.tokens(step)
-        at = 0 if self.plan.alone else self.batch, self.memory, NUMBERS.index(name), tokens
-        numbers = plgpu.load(self.arguments["numbers"].at[at], layout=layout, optimized=False)
-        return lax.optimization_barrier(numbers)  # else layouts of rows and columns are mixed up
-
     def decayed(self, step: Array, scores: list[Array]) -> list[Array]:
         """Returns scores times the decays between tokens; 0 for those that are not seen."""
         if "numbers" in self.arguments:
-            total = 0.0
-            for name in ("coarse", "fine"):
-                of_row = gpu.across(self.number(step, name), SQUARE)
-                total += of_row - gpu.down(self.number(step, name, gpu.OF_COLUMNS), SQUARE)
-            # Above the diagonal it may be infinite.
-            decay = jnp.exp(total)
+            decay = self.between(step)
             scores = [decay * x for x in scores]
         # No token sees itself among keys.
         seen = [prefix(), within(0, rows())]
@@ -307,8 +186,8 @@ class Chunks:
             size = jnp.left_shift(jnp.int32(1), i)
             parts = self.put(inverse, 2, 2)
             # Blocks of the inverse are on the diagonal: they keep what joins pairs where it is.
-            cross = jnp.where(joined(size), gpu.product(_cut(inverse, 2), self.own("tiles")[:2]), 0)
-            return inverse - gpu.product(_cut(cross, 2), parts)
+            cross = jnp.where(joined(size), gpu.product(cut(inverse, 2), self.own("tiles")[:2]), 0)
+            return inverse - gpu.product(cut(cross, 2), parts)
 
         return lax.fori_loop(1, LEVELS, level, first)
 
@@ -316,34 +195,6 @@ class Chunks:
         """Returns a matrix that has been copied as a right side of products."""
         ref = self.scratch[name].at[slot]
         return self.put(self.loaded(name, slot), 0, 2) if self.plan.exact else [ref]
-
-    def put(self, matrix: Array, first: int, count: int) -> list[Any]:
-        """Puts the parts of a matrix where the matrix units can read them, from a tile on."""
-        tiles = self.own("tiles")[first : first + count]
-        plgpu.commit_smem()  # for all warps to be done with what was there
-        for tile, part in zip(tiles, _cut(matrix, count), strict=True):
-            tile[...] = part
-        plgpu.commit_smem()
-        return tiles
-
-    def write(self, name: str, matrix: Array, step: Array, tile: Array | int = 0) -> None:
-        """Has the copy engine write a tile of a result."""
-        staged = self.own("out")
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        staged[...] = matrix.astype(staged.dtype)
-        plgpu.commit_smem()
-        columns = pl.ds(tile * CHUNK, CHUNK)
-        at = self.batch, self.tokens(step), self.memory, columns
-        plgpu.copy_smem_to_gmem(staged, self.results[name].at[at])
-
-
-def _cut(x: Array, count: int) -> list[Array]:
-    """Returns an array in parts of bfloat16, each of which has what those before it left over."""
-    parts = []
-    for _ in range(count):
-        parts.append(x.astype(jnp.bfloat16))
-        x = x - parts[-1].astype(jnp.float32)
-    return parts
 
 
 def rows() -> Array:

@@ -16,7 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.linear import blocks, gpu_momentum, gpu_prepare_gradient
+from pallas_kernels.linear import (
+    blocks,
+    gpu_momentum,
+    gpu_prepare_gradient,
+    gpu_states_gradient,
+)
 from pallas_kernels.linear.gpu_call import (
     Call,
     begun,
@@ -33,7 +38,7 @@ from pallas_kernels.linear.inputs import finite
 
 def forward(call: Call, *, keep: bool) -> tuple[Array, Array, Array | None]:
     """Returns the outputs, the last state and, if asked for, those to keep."""
-    x = prepare(call) if call.log_momentum is None else gpu_momentum.prepared(call)
+    x = prepare(call)[0] if call.log_momentum is None else gpu_momentum.prepared(call)
     given = _walk(call, x)._replace(
         scores=x.scores,
         keep=call.spans.kept if keep else 0,
@@ -52,17 +57,12 @@ def _walk(call: Call, x: Prepared) -> Walk:
         correct=x.erase is not None,
         dtype=call.dtype,
     )
-    return begun(given, call.logs, call.spans, "linear_state") if _has_spans(x) else given
+    return begun(given, call.logs, call.spans, "linear_state")
 
 
 def _decays(x: Prepared) -> dict[str, Array | None]:
     """Returns how a memory changes by itself, as arguments of a walk."""
     return {"erase": x.erase, "decays": x.decays, "mixing": x.mixing}
-
-
-def _has_spans(x: Prepared) -> bool:
-    """Returns whether spans may be joined: what the delta rule adds depends on what was there."""
-    return x.erase is None and x.mixing is None
 
 
 def backward(
@@ -75,9 +75,10 @@ def backward(
     """Returns gradients by name, see `gpu_scalar.backward`."""
     arrays = {name: getattr(call, name) for name in names if name != "memory"}
     of_call = prepared if call.log_momentum is None else gpu_momentum.prepared
-    by_kernel = gpu_prepare_gradient.serves(call.dtype, call.logs, call.beta, call.log_momentum)
+    by_kernel = gpu_prepare_gradient.serves(call.dtype, call.log_momentum)
     if by_kernel:
-        x = prepare(call)
+        call = gpu_prepare_gradient.divisible(call)
+        x, inverse = prepare(call, keep=True)
     else:
         x, pull = jax.vjp(lambda arrays: of_call(call._replace(**arrays)), arrays)
     spans, delta = call.spans, x.erase is not None
@@ -94,34 +95,48 @@ def backward(
     back = Walk(
         *(x.reader, d_out, d_memory[:, None]),
         **_decays(x),
+        reader=x.writer,
+        scores=x.scores,
         reverse=True,
+        keep=1,
         out_dtype=call.dtype,
         dtype=call.dtype,
     )
-    if _has_spans(x):
-        back = begun(back, call.logs, spans, "linear_state_gradient")
-    back = back._replace(reader=x.writer, scores=x.scores, keep=1)
+    back = begun(back, call.logs, spans, "linear_state_gradient")
     walked = walk(back, "linear_states_gradient")
     d_value, d_after = walked.out, walked.kept
 
-    d_out, value, of_value = (in_chunks(array) for array in (d_out, value, d_value))
-    d_x = Prepared(
-        reader=of_tokens(product("bcniv,bcnfv->bcnif", d_out, memory)),
-        writer=of_tokens(product("bcniv,bcnfv->bcnif", value, d_after)),
-        scores=of_tokens(product("bcniv,bcnjv->bcnij", d_out, value)),
-        value=d_value,
-        decays=None if x.decays is None else _dots(memory, d_after),
-        mixing=None if x.mixing is None else _mixed(memory, d_after),
-        erase=of_tokens(-product("bcniv,bcnfv->bcnif", of_value, memory)) if delta else None,
-    )
+    given = d_out, value, d_value, memory, d_after, x
+    of_states = gpu_states_gradient.gradients if call.dtype == jnp.bfloat16 else _of_states
+    d_x = of_states(*given)
+    if x.mixing is not None:
+        d_x = d_x._replace(mixing=_mixed(memory, d_after))
     d_x = jax.tree.map(lambda gradient, array: gradient.astype(array.dtype), d_x, x)
     if by_kernel:
-        gradients = gpu_prepare_gradient.gradients(call, d_x)
+        gradients = gpu_prepare_gradient.gradients(call, x, inverse, d_x)
     else:
         with in_full(call.dtype):
             (gradients,) = pull(d_x)
     gradients |= {"memory": walked.memory[:, 0]}
     return {name: gradients[name] for name in names}
+
+
+def _of_states(
+    d_out: Array, value: Array, d_value: Array, memory: Array, d_after: Array, x: Prepared
+) -> Prepared:
+    """Returns what `gpu_states_gradient.gradients` does, of any dtype."""
+    d_out, value, of_value = (in_chunks(array) for array in (d_out, value, d_value))
+    erase = None
+    if x.erase is not None:
+        erase = of_tokens(-product("bcniv,bcnfv->bcnif", of_value, memory))
+    return Prepared(
+        reader=of_tokens(product("bcniv,bcnfv->bcnif", d_out, memory)),
+        writer=of_tokens(product("bcniv,bcnfv->bcnif", value, d_after)),
+        scores=of_tokens(product("bcniv,bcnjv->bcnij", d_out, value)),
+        value=d_value,
+        decays=None if x.decays is None else _dots(memory, d_after),
+        erase=erase,
+    )
 
 
 def _dots(memory: Array, gradient: Array) -> Array:

@@ -79,6 +79,8 @@ class Walk(NamedTuple):
     """Whether W corrects values, and e is a result; else it takes the output away."""
     scale: float = 1.0
     """Of the output."""
+    writes: bool = True
+    """Whether outputs, and e, are results."""
     out_dtype: DTypeLike = jnp.float32
     dtype: DTypeLike = jnp.float32
     """Of states that are kept, and of e."""
@@ -173,9 +175,9 @@ def walk(given: Walk, name: str) -> Walked:
         arrays |= gpu_features.taylor_arrays(size, features)
     like = functools.partial(result, like=given.writer)
     results = {"memory": like(arrays["memory"].shape, jnp.float32)}
-    if given.reader is not None:
+    if _has_outputs(given):
         results["out"] = like((batch, tokens, memories, columns), given.out_dtype)
-    if given.correct:
+    if given.correct and given.writes:
         results["corrected"] = like((batch, tokens, memories, columns), given.dtype)
     if given.keep:
         count = -(-plan.chunks // given.keep)
@@ -220,7 +222,7 @@ def _plan(given: Walk, arrays: dict[str, Any], features: int, width: int) -> _Pl
         fixed = both * parts * item * (features + CHUNK * len(staged))
         if expanded:
             fixed += CHUNK * parts * item * expanded + 4 * gpu_features.NUMBERS * features
-        if given.reader is not None:
+        if _has_outputs(given):
             fixed += both * CHUNK * jnp.dtype(given.out_dtype).itemsize
         stages = min((gpu.SMEM_BYTES - 4096 - fixed) // stage, 4, max(chunks, 1))
         if width % both == 0 and features * columns <= MOST_NUMBERS and stages > 0:
@@ -243,6 +245,11 @@ def _plan(given: Walk, arrays: dict[str, Any], features: int, width: int) -> _Pl
         feature_map=given.feature_map if given.mapped else None,
         mapped=given.mapped,
     )
+
+
+def _has_outputs(given: Walk) -> bool:
+    """Returns whether outputs are a result."""
+    return given.reader is not None and given.writes
 
 
 def _mapped(given: Walk) -> list[str]:
@@ -292,7 +299,7 @@ def _scratch(plan: _Plan, given: Walk, arrays: dict[str, Any], features: int) ->
         size = MIXING if given.decays is None else features
         scratch["decays"] = plgpu.SMEM((stages, size), jnp.float32)
         copies += 1
-    if given.reader is not None:
+    if _has_outputs(given):
         scratch["out"] = gpu.smem((both, CHUNK, columns), given.out_dtype, columns)
     scratch["ready"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     scratch["free"] = plgpu.Barrier(num_arrivals=both, num_barriers=stages)
@@ -429,17 +436,20 @@ class _Step:
             wrong = gpu.loaded(value) - read
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             value = self.put("corrected", wrong)
-            target = self.results["corrected"].at[(*at, self.columns(self.warpgroup))]
-            if plan.exact:
-                gpu.store(target, wrong)
-            else:
-                self.copied("corrected", target)
+            if "corrected" in self.results:
+                target = self.results["corrected"].at[(*at, self.columns(self.warpgroup))]
+                if plan.exact:
+                    gpu.store(target, wrong)
+                else:
+                    self.copied("corrected", target)
         takes = "erase" in self.matrices and not plan.correct
-        if "out" in scratch:
+        if "reader" in self.matrices:
             out = self.read(step, slot, here, value)
-            self.write(out, at)
+            if "out" in scratch:
+                self.write(out, at)
             if takes:
-                self.put("taken", -out)
+                # Else the compiler changes signs while the matrix units are still at work.
+                self.put("taken", -lax.optimization_barrier(out))
         if "numbers" in scratch:
             until = self.number(slot, "until")
             weighed = gpu.loaded(value)

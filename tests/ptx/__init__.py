@@ -8,6 +8,7 @@ approximate functions, threads of a warp that go different ways, and time.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from unittest import mock
 
 import jax
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from experiments.benchmark import hopper
 from pallas_kernels import gpu
@@ -86,9 +89,47 @@ def compiled(function: Callable[..., Any], types: Any, results: Any) -> Kernel:
     return _kernels[text]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Launch:
+    """What is done where a kernel is."""
+
+    function: Callable[..., Any]
+    results: tuple[jax.ShapeDtypeStruct, ...]
+    seed: int
+    found: list[Kernel]
+
+    def types(self, *arrays: Any) -> list[Any]:
+        """Returns the abstract values of the results."""
+        traced = jax.make_jaxpr(lambda *x: jax.pure_callback(None, self.results, *x))(*arrays)
+        return traced.out_avals
+
+    def __call__(self, *arrays: jax.Array) -> Sequence[jax.Array]:
+        """Compiles the kernel, and has the program run it."""
+        types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+        # Meshes of the caller, which are of CPUs, are not those of another thread.
+        with ThreadPoolExecutor(1) as other:
+            kernel = other.submit(compiled, self.function, types, self.results).result()
+        if kernel not in self.found:
+            self.found.append(kernel)
+
+        def run(*arrays: jax.Array) -> tuple[np.ndarray, ...]:
+            return tuple(kernel.run([np.asarray(x) for x in arrays], self.seed))
+
+        return jax.pure_callback(run, self.results, *arrays)
+
+
+# Not all that is traced is run: a kernel is compiled when what it is a part of is lowered.
+_launched = Primitive("emulated_kernel")
+_launched.multiple_results = True
+_launched.def_abstract_eval(lambda *arrays, launch: launch.types(*arrays))
+_launched.def_impl(lambda *arrays, launch: jax.jit(launch)(*arrays))
+_lowering = mlir.lower_fun(lambda *arrays, launch: launch(*arrays), multiple_results=True)
+mlir.register_lowering(_launched, _lowering)
+
+
 @contextlib.contextmanager
 def emulated(seed: int = 0) -> Iterator[list[Kernel]]:
-    """Emulates the GPU kernels that are traced inside of it; yields those that ran.
+    """Emulates the GPU kernels that are traced inside of it; yields those of what is lowered.
 
     Args:
       seed: of the order in which everything happens, and of when copies and products are made.
@@ -99,18 +140,8 @@ def emulated(seed: int = 0) -> Iterator[list[Kernel]]:
         entry.__name__ += _NAMED
 
         def call(*arrays: jax.Array) -> Any:
-            types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
             function = _real(entry, out_type=out_type, **options)
-            # Meshes of the caller, which are of CPUs, are not those of another thread.
-            with ThreadPoolExecutor(1) as other:
-                one = other.submit(compiled, function, types, out_type).result()
-
-            def run(*arrays: jax.Array) -> list[np.ndarray]:
-                if one not in found:
-                    found.append(one)
-                return one.run([np.asarray(x) for x in arrays], seed)
-
-            return jax.pure_callback(run, out_type, *arrays)
+            return _launched.bind(*arrays, launch=_Launch(function, tuple(out_type), seed, found))
 
         return call
 

@@ -59,6 +59,9 @@ GPU_CASES = {
         segments=True,
         state=True,
     ),
+    "delta, steps, groups, segments, bfloat16": Case(
+        140, 1, 2, 1, width=70, decay="step", beta=True, segments=True, state=True
+    ),
     "delta, channels, relu, bfloat16": Case(
         131, **ONE, decay="channel", beta=True, feature_map="relu"
     ),

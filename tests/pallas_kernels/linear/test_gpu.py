@@ -55,27 +55,25 @@ def test_results_and_gradients(name):
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "dtype"),
     [
-        Case(520, **ONE, decay="step", segments=True),
-        Case(520, 1, 2, 2, decay=(-0.003, 0.0)),
-        Case(520, **ONE, decay="channel"),
+        (Case(330, **ONE, decay="step", segments=True), jnp.float32),
+        (Case(330, 1, 2, 2, decay=(-0.003, 0.0)), jnp.bfloat16),
+        (Case(330, **ONE, decay="channel"), jnp.bfloat16),
+        (Case(330, **ONE, decay="channel", beta=True), jnp.bfloat16),
+        (Case(330, **ONE, decay=-0.2, beta=True), jnp.float32),
+        (Case(330, **ONE, decay="step", beta=True, momentum=True), jnp.bfloat16),
     ],
-    ids=["steps, segments", "decay", "channels"],
+    ids=["steps, segments", "decay", "channels", "delta, channels", "delta, float32", "momentum"],
 )
-def test_spans(case, monkeypatch):
+def test_spans(case, dtype, monkeypatch):
     """Where batch and memories are few, several spans of time are walked at the same time."""
-    monkeypatch.setattr(gpu_call, "SHORTEST", 4)
-    found = []
-    begun = gpu_call.Spans.of.__func__
-
-    def spans(*args):
-        found.append(begun(*args))
-        return found[-1]
-
-    monkeypatch.setattr(gpu_call.Spans, "of", classmethod(spans))
-    _check(case, jnp.float32)
-    assert found[0].count > 1
+    monkeypatch.setattr(gpu_call, "SHORTEST", 2)
+    monkeypatch.setattr(gpu_call, "WORTH", 0)
+    _, kernels = _check(case, dtype)
+    names = [kernel.kernel for kernel in kernels]
+    assert {"linear_state", "linear_state_gradient"} <= {*names}
+    assert not any(kernel.spill_bytes or kernel.serialized for kernel in kernels)
 
 
 @pytest.mark.parametrize("name", ["elu", "elu_plus_one", "relu", "taylor"])
@@ -104,8 +102,14 @@ def test_the_same_twice():
 
 
 def test_equal_keys_by_the_delta_rule_in_bfloat16():
+    """Some tokens write nothing: their betas have gradients, too."""
     case = Case(130, **ONE, decay=None, beta=True)
-    _check(case, jnp.bfloat16, equal_keys(case))
+    arrays = equal_keys(case)
+    arrays["beta"] = arrays["beta"].at[:, ::3].set(0)
+    gradients, _ = _check(case, jnp.bfloat16, arrays)
+    _, expected = case.defined(arrays)
+    nothing = {"beta": gradients["beta"][:, ::3]}
+    assert_close(nothing, {"beta": expected["beta"][:, ::3]}, jnp.bfloat16)
 
 
 def test_some_gradients_alone():

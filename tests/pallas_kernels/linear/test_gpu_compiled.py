@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmark import hopper, linear_hopper
+from experiments.benchmark import linear_hopper
 from pallas_kernels.linear import linear_attention
-from tests.gpu import Gpus, Record, needs_compiler
+from tests.gpu import Gpus, Record, kernels_of, needs_compiler
 from tests.pallas_kernels.linear.gpu_calls import GPU_CASES
 from tests.pallas_kernels.linear.gpu_cases import cases
 from tests.sharding import COLLECTIVE
@@ -33,8 +33,11 @@ def _expected(name):
     if any(x in name for x in ("delta", "channel", "momentum")):
         found += ["linear_states", "linear_states_gradient"]
         found += [] if "momentum" in name else ["linear_prepare"]
-        if "channel" in name and "delta" not in name and "bfloat16" in name:
+        found += ["linear_states_products"] if "bfloat16" in name else []
+        if "bfloat16" in name and "momentum" not in name:
             found += ["linear_prepare_gradient"]
+            if "delta" in name:  # what is prepared for gradients has more
+                found += ["linear_prepare", "linear_delta_gradient"]
     else:
         found += [f"linear_backward_{array}" for array in ("key", "query", "value")]
     if name in linear_hopper.cases() and "delta" not in name:  # of two spans
@@ -59,8 +62,7 @@ def check_kernels(name, kernels):
 @needs_compiler
 @pytest.mark.parametrize("name", linear_hopper.cases())
 def test_kernels(name):
-    case = CASES[name]
-    check_kernels(name, hopper.compile_kernels(case.function, case.arguments))
+    check_kernels(name, kernels_of(CASES[name]))
 
 
 def test_nothing_spills():

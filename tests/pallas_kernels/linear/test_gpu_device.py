@@ -41,20 +41,21 @@ CASES = (
         for dtype in ("bfloat16", "float16", "float32")
     }
     | {
-        f"steps, {features} by {width}, {dtype}": (
-            Case(300, heads=2, kv_heads=2, features=features, width=width, decay="step"),
+        f"{name}, {features} by {width}, {dtype}": (
+            Case(300, heads=2, kv_heads=2, features=features, width=width, **RULES[name]),
             jnp.dtype(dtype),
         )
+        for name in ("steps", "channels", "delta, steps", "delta, channels")
         for features, width in SIZES.values()
         for dtype in ("bfloat16", "float16", "float32")
-        if dtype == "bfloat16" or features <= 192
+        if dtype == "bfloat16" or features <= (128 if "delta" in name else 192)
     }
     | {
         f"several spans, {name}, bfloat16": (
             Case(8192, 1, 2, 2, features=64, width=64, **RULES[name]),
             jnp.dtype(jnp.bfloat16),
         )
-        for name in ("decay", "steps", "channels", "delta, steps")
+        for name in ("decay", "steps", "channels", "delta, steps", "delta, channels", "momentum")
     }
 )
 PASSED: dict[str, frozenset[str]] = {}

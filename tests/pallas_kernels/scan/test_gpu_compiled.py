@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmark import hopper
 from pallas_kernels.scan import gated_scan
-from tests.gpu import Gpus, Record, needs_compiler
+from tests.gpu import Gpus, Record, kernels_of, needs_compiler
 from tests.pallas_kernels.scan.gpu_cases import STEPS, cases
 from tests.sharding import COLLECTIVE
 
@@ -25,8 +24,7 @@ RECORD = Record(__file__)
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(name):
     """They need no more registers than they did, and copy ahead in a loop."""
-    case = CASES[name]
-    kernels = hopper.compile_kernels(case.function, case.arguments)
+    kernels = kernels_of(CASES[name])
     assert [kernel.kernel for kernel in kernels] == [known["kernel"] for known in RECORD.of(name)]
     RECORD.check(name, kernels)
     for kernel in kernels:

@@ -15,7 +15,7 @@ import pytest
 from experiments.benchmark import hopper, tiled_hopper
 from experiments.compile_report import NotSupported
 from pallas_kernels.tiled import tiled_attention
-from tests.gpu import Gpus, Record, needs_compiler
+from tests.gpu import Gpus, Record, kernels_of, needs_compiler
 from tests.pallas_kernels.tiled.features import FEATURES
 from tests.pallas_kernels.tiled.gpu_cases import TABLE, cases
 from tests.sharding import COLLECTIVE
@@ -63,8 +63,7 @@ def check_kernels(name, kernels):
 @needs_compiler
 @pytest.mark.parametrize("name", [name for name in CASES if name not in {*FEATURES, TABLE}])
 def test_kernels(name):
-    case = CASES[name]
-    check_kernels(name, hopper.compile_kernels(case.function, case.arguments))
+    check_kernels(name, kernels_of(CASES[name]))
 
 
 @needs_compiler
