@@ -301,7 +301,8 @@ def _kernel(
         plgpu.set_max_registers(gpu.REGISTERS, action="increase")
         chunks = place_of(place["warpgroup"])
         chunks.begin()
-        lax.fori_loop(0, chunks.count, chunks, None)
+        # Loops of few steps, if the compiler knows their number, are unrolled: others then spill.
+        lax.fori_loop(0, lax.optimization_barrier(chunks.count), chunks, None)
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(place["warpgroup"] == gpu.COMPUTING)
@@ -313,7 +314,8 @@ def _kernel(
             for i, fetch in enumerate(plan.fetches):
                 _fetch(both, step, plan.first(i), fetch)
 
-        lax.fori_loop(0, plan.steps, copy, None)
+        steps = lax.optimization_barrier(jnp.int32(plan.steps))
+        lax.fori_loop(0, steps, copy, None)
 
 
 def _fetch(both: Sequence[Chunks], step: Array, first: int, fetch: Fetch) -> None:
@@ -329,7 +331,9 @@ def _fetch(both: Sequence[Chunks], step: Array, first: int, fetch: Fetch) -> Non
 
     def copy(tile: Array, carry: None) -> None:
         for chunks in both:
-            pl.when(step < chunks.count)(functools.partial(of_warpgroup, chunks, tile))
+            # Nor is there to be one loop for blocks of so many chunks and another for the rest.
+            count = lax.optimization_barrier(chunks.count)
+            pl.when(step < count)(functools.partial(of_warpgroup, chunks, tile))
 
     def of_warpgroup(chunks: Chunks, tile: Array) -> None:
         # Places that are found ahead of the loop take more registers than what copies has.

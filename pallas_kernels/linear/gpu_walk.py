@@ -341,7 +341,8 @@ def _kernel(
         step.remember(memory)
         if plan.expands:
             plgpu.barrier_wait(scratch["chosen"])
-        memory = lax.fori_loop(0, step.count, step, memory)
+        # Without the barrier what copies spills, in float32 with spans.
+        memory = lax.fori_loop(0, lax.optimization_barrier(step.count), step, memory)
         for rows, part in zip(plan.rows, memory, strict=True):
             gpu.store(last.at[rows, columns], part)
         plgpu.wait_smem_to_gmem(0)
