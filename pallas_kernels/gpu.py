@@ -220,9 +220,51 @@ def product_and(a: Parts, b: Parts, meanwhile: Callable[[], Any]) -> tuple[Array
     return pl.run_scoped(multiply, plgpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32))
 
 
-def accumulated(total: Array, a: Parts, b: Parts) -> Array:
+def accumulated(
+    total: Array, a: Parts, b: Parts, meanwhile: Callable[[], None] | None = None
+) -> Array:
     """Returns total + a @ b: see `product`."""
-    return pl.run_state(lambda total: _issue(total, a, b))(plgpu.ACC.init(total))
+
+    def multiply(total: Any) -> None:
+        _issue(total, a, b)
+        if meanwhile is not None:
+            meanwhile()
+
+    return pl.run_state(multiply)(plgpu.ACC.init(total))
+
+
+def product_beside(
+    first: tuple[Parts, Parts],
+    total: Array,
+    second: tuple[Parts, Parts],
+    begun: Callable[[], None],
+    meanwhile: Callable[[Array], Any],
+) -> tuple[Any, Array]:
+    """Returns what is made of a product, and a sum to which another one was added meanwhile.
+
+    Args:
+      first: matrices of the product, see `product`.
+      total: the sum.
+      second: matrices of what is added to it.
+      begun: called when the matrix units have both.
+      meanwhile: gets the first product, while they are at the second one.
+    """
+
+    def multiply(product: Any, sums: Any) -> tuple[Any, Array]:
+        sums[...] = total
+        _issue(product, *first)
+        _issue(sums, *second)
+        begun()
+        made = plgpu.wgmma_accumulator_load(product, wait_n=len(_pairs(*second)))
+        # Barriers, as compilers would use products before they are there, and would write what is
+        # made of them over what is still to be multiplied.
+        found = meanwhile(jax.lax.optimization_barrier(made))
+        return jax.lax.optimization_barrier((found, sums[...]))
+
+    a, b = first
+    shape = a[0].shape[0], b[0].shape[1]
+    spaces = plgpu.ACC(shape, jnp.float32), plgpu.ACC(total.shape, jnp.float32)
+    return pl.run_scoped(multiply, *spaces)
 
 
 def _issue(total: Any, a: Parts, b: Parts) -> None:
@@ -306,12 +348,11 @@ def expm1(x: Array) -> Array:
     return jnp.where(jnp.abs(x) < 2.0**-6, small, jnp.exp(x) - 1)
 
 
-def iota(size: int, layout: Any) -> Array:
-    """Returns the numbers of rows, or of columns.
+def iota(size: int, layout: Any, start: Array | None = None) -> Array:
+    """Returns the numbers of rows, or of columns, from a first one on.
 
     They are made where they are used: kept from one step of a loop to the next they would take
-    registers.
+    registers. What they are made of would, too, if the first one did not belong to the step.
     """
-    return jax.lax.optimization_barrier(
-        plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
-    )
+    numbers = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+    return jax.lax.optimization_barrier(numbers if start is None else start + numbers)

@@ -102,7 +102,7 @@ def forward(
         "key_free": free,
         "value_ready": ready,
         "value_free": free,
-        "turn": plgpu.Barrier(num_arrivals=gpu.COMPUTING),
+        "turns": plgpu.Barrier(num_arrivals=1, num_barriers=gpu.COMPUTING),
     }
     if not _out_in_place(x.query, x.value):
         scratch["out"] = gpu.smem((gpu.COMPUTING, gpu.ROWS, width), out_dtype)
@@ -148,6 +148,7 @@ def _kernel(
 ) -> None:
     """Computes the results of a block's tiles of queries."""
     warpgroup, tile = place["warpgroup"], plan.tiling.tile
+    turns = Turns(scratch["turns"], warpgroup, plan.streams == 1)
 
     def stream_of(place: dict[str, Array]) -> Stream:
         # The last rows of a causal mask have the most keys: they start first.
@@ -176,7 +177,7 @@ def _kernel(
             plgpu.copy_gmem_to_smem(source.at[b, rows, n], target, ready)
         plgpu.barrier_wait(ready)
         state, done = _attend(
-            call, plan, operands, branches, stream, warpgroup, row, arguments, scratch, before
+            call, plan, operands, branches, stream, turns, row, arguments, scratch, before
         )
         out, lse = _finished(call, operands, arguments, At(b, n, row, 0), state)
         staged = scratch["out"].at[warpgroup] if "out" in scratch else query[0]
@@ -196,7 +197,9 @@ def _kernel(
     @pl.when(warpgroup < gpu.COMPUTING)
     def _() -> None:
         plgpu.set_max_registers(gpu.REGISTERS, action="increase")
+        turns.begin()
         work.each(place, attend, jnp.int32(0))
+        turns.end()
 
 
 class Sums(NamedTuple):
@@ -212,8 +215,8 @@ def _attend(
     plan: Plan,
     operands: Operands,
     branches: tuple[bool, bool],
-    stream: "Stream",
-    warpgroup: Array,
+    stream: Stream,
+    turns: "Turns",
     row: Array,
     arguments: dict[str, Any],
     scratch: dict[str, Any],
@@ -221,35 +224,65 @@ def _attend(
 ) -> tuple[Sums, Array]:
     """Visits the keys of a tile of queries; returns also the number of all tiles visited so far."""
     refs, exact = arguments["operands"], len(arguments["query"]) > 1
-    narrow = scratch["value"][0].dtype
-    turns = Turns(scratch["turn"], warpgroup, plan.streams == 1)
+    warpgroup, narrow = turns.warpgroup, scratch["value"][0].dtype
     width = scratch["value"][0].shape[-1]
 
-    def visit(slot: Array, number: Array, masked: bool, sums: Sums) -> Sums:
-        at = At(stream.batch, stream.head, row, number * plan.tiling.tile)
-        plgpu.barrier_wait(scratch["key_ready"].at[slot])
+    def query_and_key(slot: Array) -> tuple[gpu.Parts, gpu.Parts]:
         # Descriptors of the queries, made ahead of the loop, would take registers.
         query = gpu.at(scratch["query"], lax.optimization_barrier(warpgroup))
-        key = gpu.transposed(gpu.at(scratch["key"], slot))
-        products = gpu.product(query, key, turns.change)
+        return query, gpu.transposed(gpu.at(scratch["key"], slot))
+
+    def weigh(
+        slot: Array, number: Array, masked: bool, sums: Sums, products: Array
+    ) -> tuple[Array, Array | None, Sums]:
         plgpu.barrier_arrive(scratch["key_free"].at[slot])
+        at = At(stream.batch, stream.head, row, number * plan.tiling.tile)
         scores, here = scored(call, operands, products, refs, at, masked)
-        sums, weights = _weighted(call, scores, here, sums, exact)
-        weights = gpu.in_parts(weights) if exact else [weights.astype(narrow)]
-        sums, weights = lax.optimization_barrier((sums, weights))
-        turns.offer()
+        return _weighted(call, scores, here, sums, exact)
+
+    def narrowed(weights: Array) -> list[Array]:
+        parts = gpu.in_parts(weights) if exact else [weights.astype(narrow)]
+        # The compiler would do this when the next tile has begun, and keep float32 till then.
+        return lax.optimization_barrier(parts)
+
+    def begin(slot: Array, number: Array, masked: bool, sums: Sums) -> tuple[list[Array], Sums]:
+        plgpu.barrier_wait(scratch["key_ready"].at[slot])
+        turns.wait()
+        products = gpu.product(*query_and_key(slot), turns.give)
+        weights, _, sums = weigh(slot, number, masked, sums, products)
+        return narrowed(weights), sums
+
+    def visit(
+        before: Array, slot: Array, number: Array, masked: bool, carry: tuple[list[Array], Sums]
+    ) -> tuple[list[Array], Sums]:
+        weights, sums = carry
+        plgpu.barrier_wait(scratch["key_ready"].at[slot])
+        plgpu.barrier_wait(scratch["value_ready"].at[before])
+        turns.wait()
+        value = gpu.at(scratch["value"], before)
+        (weights, decay, sums), values = gpu.product_beside(
+            query_and_key(slot),
+            sums.values,
+            (weights, value),
+            turns.give,
+            functools.partial(weigh, slot, number, masked, sums),
+        )
+        plgpu.barrier_arrive(scratch["value_free"].at[before])
+        if decay is not None:
+            values = values * gpu.across(decay, values.shape)
+        return narrowed(weights), sums._replace(values=values)
+
+    def end(slot: Array, carry: tuple[list[Array], Sums]) -> Sums:
+        weights, sums = carry
         plgpu.barrier_wait(scratch["value_ready"].at[slot])
         turns.wait()
         value = gpu.at(scratch["value"], slot)
-        values = gpu.accumulated(sums.values, weights, value)
+        values = gpu.accumulated(sums.values, weights, value, turns.give)
         plgpu.barrier_arrive(scratch["value_free"].at[slot])
         return sums._replace(values=values)
 
     sums = _started(call, operands, refs, At(stream.batch, stream.head, row, 0), width)
-    turns.begin()
-    sums, done = stream.visit(warpgroup, visit, sums, branches, before)
-    turns.end()
-    return sums, done
+    return stream.visit_ahead(warpgroup, begin, visit, end, sums, branches, before)
 
 
 def _started(call: Scores, operands: Operands, refs: dict[str, Any], at: At, width: int) -> Sums:
@@ -265,14 +298,14 @@ def _started(call: Scores, operands: Operands, refs: dict[str, Any], at: At, wid
 
 def _weighted(
     call: Scores, scores: Array, here: dict[str, Any], sums: Sums, exact: bool
-) -> tuple[Sums, Array]:
-    """Returns the weights of a tile, and the sums so far relative to what they are relative to."""
+) -> tuple[Array, Array | None, Sums]:
+    """Returns the weights of a tile, what is left of those before, and the sums but for values."""
     reweight = call.options.reweight is not None
     if not call.online or reweight:
         weights, _ = call.divided(scores, here.get("statistic"), exact)
     if not call.online:
         total = None if sums.total is None else sums.total + jnp.sum(weights, axis=1)
-        return sums._replace(total=total), weights
+        return weights, None, sums._replace(total=total)
     if reweight:
         scores = call.log_reweighted(weights)
     maximum = jnp.maximum(sums.maximum, jnp.max(scores, axis=1))
@@ -281,8 +314,7 @@ def _weighted(
     scores, shift = (x if call.factor == 1 else x * call.factor for x in (scores, maximum))
     weights = jnp.exp2(scores - gpu.across(shift, scores.shape))
     total = sums.total * decay + jnp.sum(weights, axis=1)
-    values = sums.values * gpu.across(decay, sums.values.shape)
-    return Sums(values, total, maximum), weights
+    return weights, decay, sums._replace(total=total, maximum=maximum)
 
 
 def _finished(
@@ -313,36 +345,31 @@ def _finished(
 class Turns:
     """Whose turn it is on the matrix units, of two warpgroups that visit the same tiles.
 
-    While one takes exponentials the other one multiplies: weights by values, and then the next
-    queries by keys.
+    While one takes exponentials the other one multiplies: the weights of a tile by its values, and
+    the queries by the keys of the next tile.
     """
 
-    def __init__(self, barrier: Any, warpgroup: Array, shared: bool):
+    def __init__(self, barriers: Any, warpgroup: Array, shared: bool):
         """Prepares the turns of a warpgroup; if not `shared`, there are none."""
-        self.barrier, self.warpgroup, self.shared = barrier, warpgroup, shared
+        self.barriers, self.warpgroup, self.shared = barriers, warpgroup, shared
 
     def begin(self) -> None:
-        """Lets the first warpgroup go ahead."""
-        pl.when(self.warpgroup == 1)(self.change)
+        """Gives the first warpgroup the first turn of all."""
+        pl.when(self.warpgroup == 1)(self.give)
 
     def end(self) -> None:
-        """Waits for the second warpgroup."""
-        pl.when(self.warpgroup == 0)(self.change)
+        """Takes the turn that is left."""
+        pl.when(self.warpgroup == 0)(self.wait)
 
-    def change(self) -> None:
-        """Lets the other warpgroup multiply when it has its exponentials, and waits for that."""
-        self.offer()
-        self.wait()
-
-    def offer(self) -> None:
-        """Says that this warpgroup is ready for the other one's turn, or for its own."""
+    def give(self) -> None:
+        """Gives the other warpgroup its turn."""
         if self.shared:
-            plgpu.barrier_arrive(self.barrier)
+            plgpu.barrier_arrive(self.barriers.at[1 - self.warpgroup])
 
     def wait(self) -> None:
-        """Waits until the other warpgroup is ready too."""
+        """Waits for its turn."""
         if self.shared:
-            plgpu.barrier_wait(self.barrier)
+            plgpu.barrier_wait(self.barriers.at[self.warpgroup])
 
 
 def _out_in_place(query: Array, value: Array) -> bool:
@@ -375,5 +402,6 @@ def _most(options: Options, x: Inputs, width: int) -> int:
     """Returns the most columns of a tile for which the registers suffice."""
     several = x.table is not None or tiles.has_scores(x) or options.weights != "softmax"
     several |= x.query.dtype == jnp.float32 or options.reweight is not None
+    several |= x.slopes is not None and x.bias is not None
     most = 64 if several or width > 128 else 128
     return min(most, options.tile_k or most)

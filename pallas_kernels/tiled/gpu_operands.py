@@ -176,8 +176,8 @@ class Operands:
     def positions(self, at: At) -> tuple[Array, Array]:
         """Returns the numbers of the queries and of the keys of a tile."""
         shape = self.tiling.shape
-        rows = gpu.across(at.row + gpu.iota(shape[0], gpu.OF_ROWS), shape)
-        columns = gpu.down(at.column + gpu.iota(shape[1], gpu.OF_COLUMNS), shape)
+        rows = gpu.across(gpu.iota(shape[0], gpu.OF_ROWS, at.row), shape)
+        columns = gpu.down(gpu.iota(shape[1], gpu.OF_COLUMNS, at.column), shape)
         return (columns, rows) if self.tiling.transposed else (rows, columns)
 
     def distances(self, refs: dict[str, Any], at: At) -> Array:

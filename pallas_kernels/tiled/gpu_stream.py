@@ -134,20 +134,70 @@ class Stream:
         Returns:
           What the function returned last, and how many tiles have been visited then.
         """
-        stream = warpgroup if self.plan.streams > 1 else 0
-        row, first = self._entry(stream), stream * self.plan.stages
+        row, slot_of = self._visited(warpgroup, before)
 
         def step(masked: bool, step: Array, carry: Any) -> Any:
-            slot = first + lax.rem(before + step, self.plan.stages)
-            return visit(slot, row[2 + step], masked, carry)
+            return visit(slot_of(step), row[2 + step], masked, carry)
 
+        return self._each(step, 0, row[0], row[1], carry, branches), before + row[1]
+
+    def visit_ahead(
+        self,
+        warpgroup: Array,
+        begin: Callable[[Array, Array, bool, Any], Any],
+        visit: Callable[[Array, Array, Array, bool, Any], Any],
+        end: Callable[[Array, Any], Any],
+        carry: Any,
+        branches: tuple[bool, bool],
+        before: Array,
+    ) -> tuple[Any, Array]:
+        """As `visit`, but a tile is begun with before the one before it is done with.
+
+        Args:
+          warpgroup: the one that visits.
+          begin: begins with the first tile: gets slot, number, whether to mask, and the carry.
+          visit: gets the slot of the tile before, with which it ends, and as `begin` does what it
+            begins with, and what was returned before.
+          end: ends with the last tile: gets its slot, and what was returned before.
+          carry: what is returned where there are no tiles.
+          branches: whether there are tiles without a mask, and with one.
+          before: how many tiles the warpgroup has visited before.
+        """
+        row, slot_of = self._visited(warpgroup, before)
+        full, count = row[0], row[1]
+
+        def step(masked: bool, step: Array, carry: Any) -> Any:
+            return visit(slot_of(step - 1), slot_of(step), row[2 + step], masked, carry)
+
+        def visit_all(carry: Any) -> Any:
+            # The first tile has a mask if any has one.
+            carry = begin(slot_of(jnp.int32(0)), row[2], branches[1], carry)
+            carry = self._each(step, 1, jnp.maximum(full, 1), count, carry, branches)
+            return end(slot_of(count - 1), carry)
+
+        return lax.cond(count > 0, visit_all, lambda carry: carry, carry), before + count
+
+    def _visited(self, warpgroup: Array, before: Array) -> tuple[Any, Callable[[Array], Array]]:
+        """Returns the schedule of a warpgroup, and a function to find the slot of a step."""
+        stream = warpgroup if self.plan.streams > 1 else 0
+        first = stream * self.plan.stages
+        return self._entry(stream), lambda step: first + lax.rem(before + step, self.plan.stages)
+
+    def _each(
+        self,
+        step: Callable[[bool, Array, Any], Any],
+        first: int,
+        full: Array,
+        count: Array,
+        carry: Any,
+        branches: tuple[bool, bool],
+    ) -> Any:
+        """Goes through steps: first those of tiles without a mask."""
         # Two loops, not two branches in one: registers need not hold what both would return.
         if all(branches):
-            carry = lax.fori_loop(0, row[0], functools.partial(step, False), carry)
-            carry = lax.fori_loop(row[0], row[1], functools.partial(step, True), carry)
-        else:
-            carry = lax.fori_loop(0, row[1], functools.partial(step, branches[1]), carry)
-        return carry, before + row[1]
+            carry = lax.fori_loop(first, full, functools.partial(step, False), carry)
+            return lax.fori_loop(full, count, functools.partial(step, True), carry)
+        return lax.fori_loop(first, count, functools.partial(step, branches[1]), carry)
 
 
 def stream_barriers(plan: Plan, copies: int) -> tuple[Any, Any]:
