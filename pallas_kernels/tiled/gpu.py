@@ -395,7 +395,8 @@ def _plan(options: Options, x: Inputs, features: int, width: int) -> Plan:
     tile, stages = tile_of(fixed, column, most, block_k, keys)
     tiling = Tiling(gpu.whole(queries, both), gpu.whole(keys, tile), tile, heads, False)
     grid = Grid(queries, keys, both // streams, tile)
-    return Plan(tiling, grid, streams, stages, config and config.persistent)
+    persistent = config.persistent if config else True
+    return Plan(tiling, grid, streams, stages, persistent)
 
 
 def _most(options: Options, x: Inputs, width: int) -> int:

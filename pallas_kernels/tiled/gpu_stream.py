@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     stages: int
     """How many tiles of a stream there is space for."""
     persistent: bool | None
-    """Whether blocks are; None for where some have more to do than others."""
+    """Whether blocks are, where they are many; None if only where some have more to do."""
 
     @property
     def blocks(self) -> int:
