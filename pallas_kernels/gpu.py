@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
@@ -333,6 +334,24 @@ def across(values: Array, shape: tuple[int, int]) -> Array:
 def down(values: Array, shape: tuple[int, int]) -> Array:
     """Returns values of columns as a matrix."""
     return jax.lax.broadcast_in_dim(values, shape, (1,))
+
+
+_INVERSE = 0x7EE80000
+_STEP = 3.16920044, -3.34635445, 1.17724537
+
+
+def reciprocal(x: Array) -> Array:
+    """Returns 1 / x of numbers of 1 and more, to 2.2e-5 of it; of infinity, and from 2^127 on, 0.
+
+    Units for special functions are few, and take exponentials. The exponent of a number, taken from
+    a constant, is that of its inverse: between 0.906 and 0.989 of it, d, as what is left of the
+    number is taken from it, too. A polynomial then approximates 1 / d there, with the least error.
+    """
+    x = jnp.minimum(x, float(np.int32(_INVERSE).view(np.float32)))
+    inverse = _INVERSE - jax.lax.bitcast_convert_type(x, jnp.int32)
+    inverse = jax.lax.bitcast_convert_type(inverse, jnp.float32)
+    d, (a, b, c) = x * inverse, _STEP
+    return inverse * (a + d * (b + d * c))
 
 
 def log1p(x: Array) -> Array:

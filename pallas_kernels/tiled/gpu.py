@@ -401,7 +401,7 @@ def _plan(options: Options, x: Inputs, features: int, width: int) -> Plan:
 
 def _most(options: Options, x: Inputs, width: int) -> int:
     """Returns the most columns of a tile for which the registers suffice."""
-    several = x.table is not None or tiles.has_scores(x) or options.weights != "softmax"
+    several = x.table is not None or tiles.has_scores(x) or options.weights == "softplus"
     several |= x.query.dtype == jnp.float32 or options.reweight is not None
     several |= x.slopes is not None and x.bias is not None
     most = 64 if several or width > 128 else 128

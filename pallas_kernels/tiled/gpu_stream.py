@@ -22,12 +22,10 @@ from pallas_kernels.tiled.schedule import Grid
 from pallas_kernels.tiled.scores import Functions, Scores
 from pallas_kernels.tpu import padded
 
-
-def _log1p(x: Array, exact: bool) -> Array:
-    return gpu.log1p(x) if exact else jnp.log(1 + x)
-
-
-FUNCTIONS = Functions(lambda x, exact: 1 / x, _log1p)
+FUNCTIONS = Functions(
+    lambda x, exact: 1 / x if exact else gpu.reciprocal(x),
+    lambda x, exact: gpu.log1p(x) if exact else jnp.log(1 + x),
+)
 
 
 class Plan(NamedTuple):

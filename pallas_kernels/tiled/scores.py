@@ -30,7 +30,8 @@ class Functions(NamedTuple):
     """What is computed in its own way on each kind of hardware."""
 
     reciprocal: Callable[[Array, bool], Array]
-    """1 / x. The second argument is whether an approximation is too coarse, as in the next one."""
+    """1 / x, x of 1 and more. The second argument is whether an approximation is too coarse, as in
+    the next one."""
     log1p: Callable[[Array, bool], Array]
     """log(1 + x), x of 0 to 1."""
 
