@@ -212,60 +212,82 @@ def product(a: Parts, b: Parts, meanwhile: Callable[[], None] | None = None) -> 
 
 def product_and(a: Parts, b: Parts, meanwhile: Callable[[], Any]) -> tuple[Array, Any]:
     """Returns a @ b, see `product`, and what is returned by what is done meanwhile."""
+    return _added(None, [(a, b)], meanwhile)
 
-    def multiply(total: Any) -> tuple[Array, Any]:
-        _issue(total, a, b)
-        found = meanwhile()
-        return total[...], found
 
-    return pl.run_scoped(multiply, plgpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32))
+def sum_of_products(pairs: Sequence[tuple[Parts, Parts]], total: Array | None = None) -> Array:
+    """Returns the sum of a total and of a @ b over pairs of them: see `product`."""
+    return _added(total, pairs, lambda: None)[0]
 
 
 def accumulated(
-    total: Array, a: Parts, b: Parts, meanwhile: Callable[[], None] | None = None
+    total: Array | None, a: Parts, b: Parts, meanwhile: Callable[[], None] | None = None
 ) -> Array:
-    """Returns total + a @ b: see `product`."""
+    """Returns total + a @ b: see `product`; None is a total of 0."""
+    return accumulated_and(total, a, b, meanwhile or (lambda: None))[0]
 
-    def multiply(total: Any) -> None:
-        _issue(total, a, b)
-        if meanwhile is not None:
-            meanwhile()
 
-    return pl.run_state(multiply)(plgpu.ACC.init(total))
+def accumulated_and(
+    total: Array | None, a: Parts, b: Parts, meanwhile: Callable[[], Any]
+) -> tuple[Array, Any]:
+    """Returns total + a @ b, and what is returned by what is done meanwhile."""
+    return _added(total, [(a, b)], meanwhile)
+
+
+def _added(
+    total: Array | None, pairs: Sequence[tuple[Parts, Parts]], meanwhile: Callable[[], Any]
+) -> tuple[Array, Any]:
+    def multiply(sums: Any) -> tuple[Array, Any]:
+        if total is not None:
+            sums[...] = total
+        for a, b in pairs:
+            _issue(sums, a, b)
+        found = meanwhile()
+        return sums[...], found
+
+    return pl.run_scoped(multiply, _space(*pairs[0]))
 
 
 def product_beside(
     first: tuple[Parts, Parts],
-    total: Array,
-    second: tuple[Parts, Parts],
-    begun: Callable[[], None],
-    meanwhile: Callable[[Array], Any],
+    second: Sequence[tuple[Parts, Parts]],
+    begun: Callable[[], Any],
+    meanwhile: Callable[[Array, Any], Any],
+    *,
+    start: Array | None = None,
+    total: Array | None = None,
 ) -> tuple[Any, Array]:
-    """Returns what is made of a product, and a sum to which another one was added meanwhile.
+    """Returns what is made of a product, and a sum of products that was made meanwhile.
 
     Args:
       first: matrices of the product, see `product`.
-      total: the sum.
-      second: matrices of what is added to it.
+      second: matrices of the sum.
       begun: called when the matrix units have both.
-      meanwhile: gets the first product, while they are at the second one.
+      meanwhile: gets the first product, while they are at the sum, and what `begun` returned.
+      start: what the first product is added to.
+      total: what the sum is added to.
     """
+    counts = [len(_pairs(*pair)) for pair in second]
 
     def multiply(product: Any, sums: Any) -> tuple[Any, Array]:
-        sums[...] = total
+        for ref, value in ((product, start), (sums, total)):
+            if value is not None:
+                ref[...] = value
         _issue(product, *first)
-        _issue(sums, *second)
-        begun()
-        made = plgpu.wgmma_accumulator_load(product, wait_n=len(_pairs(*second)))
+        for pair in second:
+            _issue(sums, *pair)
+        before = begun()
+        made = plgpu.wgmma_accumulator_load(product, wait_n=sum(counts))
         # Barriers, as compilers would use products before they are there, and would write what is
         # made of them over what is still to be multiplied.
-        found = meanwhile(jax.lax.optimization_barrier(made))
+        found = meanwhile(jax.lax.optimization_barrier(made), before)
         return jax.lax.optimization_barrier((found, sums[...]))
 
-    a, b = first
-    shape = a[0].shape[0], b[0].shape[1]
-    spaces = plgpu.ACC(shape, jnp.float32), plgpu.ACC(total.shape, jnp.float32)
-    return pl.run_scoped(multiply, *spaces)
+    return pl.run_scoped(multiply, *(_space(*pairs[0]) for pairs in ([first], second)))
+
+
+def _space(a: Parts, b: Parts) -> Any:
+    return plgpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32)
 
 
 def _issue(total: Any, a: Parts, b: Parts) -> None:
@@ -304,7 +326,7 @@ def at(matrix: Parts, index: Array) -> list[Any]:
     return [part.at[index] for part in matrix]
 
 
-def matrix(value: float, shape: tuple[int, int]) -> Array:
+def matrix(value: float | Array, shape: tuple[int, int]) -> Array:
     """Returns a float32 matrix of one value."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), MATRIX)
 

@@ -262,10 +262,10 @@ def _attend(
         value = gpu.at(scratch["value"], before)
         (weights, decay, sums), values = gpu.product_beside(
             query_and_key(slot),
-            sums.values,
-            (weights, value),
+            [(weights, value)],
             turns.give,
-            functools.partial(weigh, slot, number, masked, sums),
+            lambda products, _: weigh(slot, number, masked, sums, products),
+            total=sums.values,
         )
         plgpu.barrier_arrive(scratch["value_free"].at[before])
         if decay is not None:

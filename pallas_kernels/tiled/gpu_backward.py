@@ -3,11 +3,12 @@
 Two kernels compute all scores anew. One has tiles of queries, visits keys, and sums the gradients
 of queries and of what belongs to them. The other one has tiles of keys, visits queries, and sums
 the gradients of keys and values; its scores are [keys, queries], so that they are multiplied as
-they lie in registers. Nothing is added in GMEM, so results are the same every time.
+they lie in registers. It sums those of queries, too, if that is all there is to do: `gpu_one_pass`.
+Nothing else is added in GMEM. Results are the same every time.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxtyping import Array
 
 from pallas_kernels import gpu
 from pallas_kernels.masks import same_heads
-from pallas_kernels.tiled import gpu_distances, gpu_tuned
+from pallas_kernels.tiled import gpu_distances, gpu_one_pass, gpu_tuned
 from pallas_kernels.tiled.gpu_operands import At, Operands, Tiling
 from pallas_kernels.tiled.gpu_stream import (
     FUNCTIONS,
@@ -41,7 +42,7 @@ from pallas_kernels.tiled.schedule import Grid, schedule, split, transposed_sche
 from pallas_kernels.tiled.scores import Scores, row_operands
 from pallas_kernels.tiled.sums import gradient_of_bias
 from pallas_kernels.tiled.tiles import branches as branches_of
-from pallas_kernels.tiled.tiles import common_blocks
+from pallas_kernels.tiled.tiles import common_blocks, has_scores
 from pallas_kernels.tpu import result
 
 BOTH = {True: 128, False: 256}
@@ -59,12 +60,13 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     d_out, lse, delta = of_rows(out, lse, d_out, d_lse)
     call = functools.partial(_Call, options, x, d_out.astype(x.query.dtype), lse, delta)
     by_keys = {"key", "value"} | ({"bias"} if _is_of_keys(x.bias) else set())
-    gradients = {}
     of_queries = [name for name in names if name not in by_keys | {"sink"}]
-    if of_queries:
+    of_keys = [name for name in names if name in by_keys]
+    gradients, shares = {}, one_pass(options, x, names)
+    if of_queries and shares is None:
         prepared = call(transposed=False, by_distance="table" in names)
         gradients |= prepared.of_queries(of_queries)
-    of_keys, call = [name for name in names if name in by_keys], call(transposed=True)
+    call = call(transposed=True, shares=shares)
     groups = [of_keys]
     if call.features + call.width > BOTH[x.query.dtype == jnp.float32]:
         groups = [[name for name in of_keys if name != "value"], ["value"]]
@@ -75,14 +77,37 @@ def backward(options: Options, names: Sequence[str], *args: Array) -> tuple[Arra
     return tuple(gradients[name] for name in names)
 
 
-def _is_of_keys(bias: Array | None) -> bool:
-    return bias is not None and bias.shape[2] == 1 < bias.shape[3]
-
-
 def has_space_by_distance(options: Options, x: Inputs) -> bool:
     """Returns whether shared memory has space for a tile beside sums by distance."""
     features = sum(gpu.whole(array.shape[3]) for array in (x.query, x.value))
     return _plan(options, x, features, transposed=False, by_distance=True).stages > 0
+
+
+def one_pass(options: Options, x: Inputs, names: Sequence[str]) -> gpu_one_pass.Shares | None:
+    """Returns what blocks do where one pass makes gradients, or None where two do.
+
+    Args:
+      options: of the call.
+      x: its inputs.
+      names: of those by which it is differentiated.
+    """
+    several = has_scores(x) or options.reweight is not None
+    several |= x.slopes is not None or x.table is not None
+    if several or sorted({*names} - {"sink"}) != ["key", "query", "value"]:
+        return None
+    if not gpu_tuned.one_pass(x):
+        return None
+    features, width = (gpu.whole(array.shape[3]) for array in (x.query, x.value))
+    plan = _plan(options, x, features + width, transposed=True, one_pass=True)
+    serves = gpu_one_pass.serves(x.query.dtype, features, plan.tiling.tile)
+    if not serves or features + width > BOTH[False] or plan.streams > 1 or not plan.stages:
+        return None
+    batch, _, heads, _ = x.query.shape
+    return gpu_one_pass.shares(batch, heads, plan.blocks)
+
+
+def _is_of_keys(bias: Array | None) -> bool:
+    return bias is not None and bias.shape[2] == 1 < bias.shape[3]
 
 
 class _Call:
@@ -98,18 +123,25 @@ class _Call:
         *,
         transposed: bool,
         by_distance: bool = False,
+        shares: gpu_one_pass.Shares | None = None,
     ):
-        """Prepares a call, with rows of keys if `transposed`, or for sums by distance."""
+        """Prepares a call, with rows of keys if `transposed`, or for sums by distance.
+
+        With `shares`, one pass makes the gradients of queries, too.
+        """
         self.x = x
         self.batch, self.queries, self.heads, _ = x.query.shape
         self.keys, self.kv_heads = x.key.shape[1:3]
         self.features, self.width = (gpu.whole(a.shape[3]) for a in (x.query, x.value))
-        self.plan = _plan(options, x, self.features + self.width, transposed, by_distance)
+        both = self.features + self.width
+        self.shares = shares
+        self.plan = _plan(options, x, both, transposed, by_distance, shares is not None)
         self.rows = self.plan.tiling.rows
         queries, keys = self.rows, self.plan.tiling.columns
         queries, keys = (keys, queries) if transposed else (queries, keys)
         self.scores = Scores.of(options, x, FUNCTIONS)
         more = row_operands(self.scores, x, lse, delta, queries)
+        more |= {"ahead": True, "numbered": shares is not None}
         self.operands = Operands(self.scores, x, self.plan.tiling, **more)
         self.matrices = {
             "query": gpu.filled(x.query, queries, self.features),
@@ -159,8 +191,14 @@ class _Call:
     def of_keys(self, names: Sequence[str]) -> dict[str, Array]:
         """Returns gradients of keys, of values and of a bias of keys."""
         x, tiling, group = self.x, self.plan.tiling, self.heads // self.kv_heads
-        tiles = transposed_schedules(x.mask, self.plan.grid, tiling.columns // tiling.tile)[0]
+        count = tiling.columns // tiling.tile
+        tiles = transposed_schedules(x.mask, self.plan.grid, count)[0]
         results = {"bias": self._of_rows()} if "bias" in names else {}
+        if self.shares is not None:
+            first = gpu_one_pass.first_visits(tiles, count, self.shares.count)
+            tiles = gpu_one_pass.with_first(tiles, first)
+            shape = self.shares.count * self.batch, tiling.columns, self.heads, self.features
+            results["query"] = result(shape, jnp.float32, x.query)
         for name, width in (("key", self.features), ("value", self.width)):
             if name in names:  # sums over the heads of a group are taken in float32
                 dtype = jnp.float32 if group > 1 else getattr(x, name).dtype
@@ -173,6 +211,11 @@ class _Call:
                 gradients[name] = gradient_of_bias(total[:, :, : self.keys], x)
                 continue
             array = getattr(x, name)
+            if name == "query":
+                total = gpu_one_pass.total(total, first, tiling.tile) * self.scores.options.scale
+                total = total[:, : self.queries, :, : array.shape[3]]
+                gradients[name] = total.astype(array.dtype)
+                continue
             total = total[:, : self.keys, :, : array.shape[3]]
             if group > 1:
                 total = jnp.sum(total.reshape(*array.shape[:3], group, array.shape[3]), axis=3)
@@ -214,17 +257,23 @@ class _Call:
             for key in names:
                 matrix = self.matrices[key][0]
                 scratch[key] = [gpu.smem((*shape, matrix.shape[3]), matrix.dtype, tile[1])] * parts
+        scratch["operands"] = self.operands.space(tile[0])
         for key in streaming:
             scratch[f"{key}_ready"], scratch[f"{key}_free"] = ready, free
+        copies = parts + len(self.operands.streamed)
+        scratch[f"{streaming[0]}_ready"], _ = stream_barriers(plan, copies)
         if "table" in results:
             scratch |= gpu_distances.space(plan.tiling.columns)
+        if self.shares is not None:
+            dtype = self.x.query.dtype
+            scratch |= gpu_one_pass.space(plan.tiling.tile, plan.stages, dtype)
         arguments = {
             "schedule": of_blocks(rows, plan),
             "operands": self.operands.arrays,
             **{key: self.matrices[key] for key in (*resident, *streaming)},
         }
         branches = branches_of(rows, self.operands.mask is not None)
-        exact, work = self.x.query.dtype == jnp.float32, plan.work(self.batch, rows)
+        exact, work = self.x.query.dtype == jnp.float32, self.shares or plan.work(self.batch, rows)
         kernel = _Kernel(self.scores, plan, work, self.operands, branches, resident, exact)
         return gpu.run(
             kernel.body,
@@ -242,7 +291,7 @@ class _Kernel(NamedTuple):
 
     call: Scores
     plan: Plan
-    work: gpu.Work
+    work: gpu.Work | gpu_one_pass.Shares
     operands: Operands
     branches: tuple[bool, bool]
     resident: Sequence[str]
@@ -256,16 +305,20 @@ class _Kernel(NamedTuple):
         place: dict[str, Array],
     ) -> None:
         """Computes the sums of a block's tiles of rows."""
-        warpgroup = place["warpgroup"]
+        warpgroup, streaming = place["warpgroup"], STREAMING[self.plan.tiling.transposed]
 
         def copy_all(place: dict[str, Array], before: list[Array]) -> list[Array]:
             stream, tile = self.stream(arguments, place), self.plan.tiling.tile
 
             def copy(name: str, number: Array, slot: Array) -> None:
+                number = number >> 1 if "share" in place else number
                 ready = scratch[f"{name}_ready"].at[slot]
                 self.copy(name, pl.ds(number * tile, tile), slot, ready, stream, arguments, scratch)
+                if name == streaming[0]:
+                    at = At(stream.batch, stream.head, 0, number * tile, slot)
+                    self.operands.copy(arguments["operands"], at, scratch["operands"], ready)
 
-            return stream.copy(STREAMING[self.plan.tiling.transposed], copy, scratch, before)
+            return stream.copy(streaming, copy, scratch, before)
 
         def compute(place: dict[str, Array], before: Array) -> Array:
             stream = self.stream(arguments, place)
@@ -276,7 +329,20 @@ class _Kernel(NamedTuple):
             plgpu.barrier_wait(ready)
             if "table" in results:
                 gpu_distances.begin(scratch, warpgroup)
-            totals, done = self.sums(stream, warpgroup, row, arguments, results, scratch, before)
+            if "share" in place:
+                where = place["share"], warpgroup
+                queries = gpu_one_pass.Queries(stream, *where, arguments, results, scratch)
+                static = self.call, self.operands
+                sums = gpu_one_pass.Sums(*static, stream, queries, row, arguments, scratch)
+                totals, done = sums.visit(self.branches, before)
+                queries.end()
+            else:
+                totals, done = self.sums(
+                    stream, warpgroup, row, arguments, results, scratch, before
+                )
+            # Places of results, made ahead, would take registers all the while.
+            b, n, row = lax.optimization_barrier((b, n, row))
+            rows = pl.ds(row, gpu.ROWS)
             if "table" in results:
                 target = results["table"].at[b, n, lax.div(row, gpu.ROWS)]
                 gpu_distances.end(scratch, warpgroup, target)
@@ -345,20 +411,28 @@ class _Kernel(NamedTuple):
         Returns:
           Sums by name, of matrices not scaled; and the number of all tiles visited so far.
         """
-        refs, transposed = arguments["operands"], self.plan.tiling.transposed
+        refs, transposed = arguments["operands"] | scratch["operands"], self.plan.tiling.transposed
         streaming = STREAMING[transposed]
         narrow = scratch["query"][0].dtype
         each = None if transposed or "bias" in scratch["sums"] else results.get("bias")
 
-        def add(name: str, a: Array, b: gpu.Parts, totals: dict[str, Array]) -> None:
+        def add(
+            name: str,
+            a: Array,
+            b: gpu.Parts,
+            totals: dict[str, Array],
+            meanwhile: Callable[[Array], Any] | None = None,
+        ) -> Any:
             parts = gpu.in_parts(a) if self.exact else [a.astype(narrow)]
-            totals[name] = gpu.accumulated(totals[name], parts, b)
+            meanwhile = functools.partial(meanwhile, parts[0]) if meanwhile else lambda: None
+            totals[name], found = gpu.accumulated_and(totals[name], parts, b, meanwhile)
+            return found
 
         def visit(
             slot: Array, number: Array, masked: bool, totals: dict[str, Array]
         ) -> dict[str, Array]:
             totals = dict(totals)
-            at = At(stream.batch, stream.head, row, number * self.plan.tiling.tile)
+            at = At(stream.batch, stream.head, row, number * self.plan.tiling.tile, slot)
             for name in streaming:
                 plgpu.barrier_wait(scratch[f"{name}_ready"].at[slot])
             # Descriptors of matrices, made ahead of the loop, would take registers.
@@ -368,15 +442,22 @@ class _Kernel(NamedTuple):
             pairs = zip(STREAMING[not transposed], streaming, strict=True)
             pairs = [(here[a], gpu.transposed(here[b])) for a, b in pairs if a in here]
             # One after the other, so that registers hold little at a time.
-            products = gpu.product(*pairs[0])
-            scores, values = scored(self.call, self.operands, products, refs, at, masked)
+            load = functools.partial(self.operands.values, refs, at)
+            products, values = gpu.product_and(*pairs[0], load)
+            scores, values = scored(self.call, self.operands, products, refs, at, masked, values)
             weights, derivative, by_statistic = self.call.differentiated(scores, values, self.exact)
+
+            def load_delta(*_: Array) -> Array | None:
+                needed = len(pairs) > 1 and self.call.options.normalise
+                return self.operands.value("delta", refs, at) if needed else None
+
             if "value" in totals:
-                add("value", weights, here["d_out"], totals)
+                delta = add("value", weights, here["d_out"], totals, load_delta)
+            else:
+                delta = load_delta()
             if len(pairs) > 1:
-                if self.call.options.normalise:
+                if delta is not None:
                     # It takes no registers of its own when products are added to it.
-                    delta = self.operands.value("delta", refs, at)
                     d_weights = gpu.accumulated(-delta, *pairs[1])
                 else:
                     d_weights = gpu.product(*pairs[1])
@@ -405,7 +486,14 @@ class _Kernel(NamedTuple):
         return stream.visit(warpgroup, visit, totals, self.branches, before)
 
 
-def _plan(options: Options, x: Inputs, features: int, transposed: bool, by_distance: bool) -> Plan:
+def _plan(
+    options: Options,
+    x: Inputs,
+    features: int,
+    transposed: bool,
+    by_distance: bool = False,
+    one_pass: bool = False,
+) -> Plan:
     """Chooses the tiles of a kernel; `features` are those of a key and a value."""
     queries, heads = x.query.shape[1:3]
     keys = x.key.shape[1]
@@ -424,7 +512,11 @@ def _plan(options: Options, x: Inputs, features: int, transposed: bool, by_dista
     if by_distance:
         most = min(most, gpu_distances.MOST_COLUMNS)
         fixed += gpu_distances.size(gpu.whole(columns))
-    tile, stages = tile_of(fixed, streams * size, most, block_column, columns)
+    column = streams * (size + 16)  # 16 for what is streamed beside
+    if one_pass:
+        fixed += gpu_one_pass.FIXED_BYTES
+        column += gpu_one_pass.COLUMN_BYTES
+    tile, stages = tile_of(fixed, column, most, block_column, columns)
     tiling = Tiling(gpu.whole(rows, both), gpu.whole(columns, tile), tile, heads, transposed)
     cut = (tile, both // streams) if transposed else (both // streams, tile)
     persistent = config and config.persistent

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import masks
 from pallas_kernels.gpu_proved import Proved
+from pallas_kernels.tiled.gpu_backward import one_pass
 from pallas_kernels.tiled.inputs import Inputs, Options
 
 
@@ -21,6 +22,7 @@ def parts_of(*, options: Options, inputs: Inputs, gradients: Sequence[str] = ())
         "not normalised": not options.normalise,
         "grouped heads": inputs.query.shape[2] != inputs.key.shape[2],
         "wider or narrower values": inputs.query.shape[3] != inputs.value.shape[3],
+        "gradients in one pass": one_pass(options, inputs, gradients) is not None,
     }
     for name in ("bias", "slopes", "table", "sink", "statistic"):
         terms[name] = getattr(inputs, name) is not None

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels import gpu
-from pallas_kernels.tiled.gpu_operands import At, Operands, Tiling
+from pallas_kernels.tiled.gpu_operands import COLUMNS, At, Operands, Tiling
 from pallas_kernels.tiled.schedule import Grid
 from pallas_kernels.tiled.scores import Functions, Scores
 from pallas_kernels.tpu import padded
@@ -63,8 +63,8 @@ class Stream:
         """Finds the schedule of a block."""
         self.plan, self.batch, self.head = plan, b, n
         groups = schedule.shape[1]
-        lead = b if schedule.shape[0] > 1 else 0, n // (plan.tiling.heads // groups)
-        self.schedule, self.block = schedule.at[lead], block
+        self.lead = b if schedule.shape[0] > 1 else 0, n // (plan.tiling.heads // groups)
+        self.schedule, self.block = schedule.at[self.lead], block
 
     def row(self, warpgroup: Array) -> Array:
         """Returns the first row of a warpgroup."""
@@ -226,11 +226,21 @@ def of_blocks(rows: Any, plan: Plan) -> Array:
 
 
 def scored(
-    call: Scores, operands: Operands, products: Array, refs: dict[str, Any], at: At, masked: bool
+    call: Scores,
+    operands: Operands,
+    products: Array,
+    refs: dict[str, Any],
+    at: At,
+    masked: bool,
+    here: dict[str, Any] | None = None,
 ) -> tuple[Array, dict[str, Any]]:
-    """Returns scores of a tile, and the values of the operands."""
-    here = operands.values(refs, at)
-    scores, here["slope"] = call.held(products, here, *operands.positions(at))
+    """Returns scores of a tile, and the values of the operands, which may have been loaded."""
+    here = operands.values(refs, at) if here is None else here
+    here = here | operands.streamed_values(refs, at)
+    # Numbers that would have to be read are not, where nothing depends on them.
+    needed = "slopes" in here or COLUMNS not in operands
+    positions = operands.positions(refs, at) if needed else (None, None)
+    scores, here["slope"] = call.held(products, here, *positions)
     return operands.masked(scores, refs, at) if masked else scores, here
 
 

@@ -29,6 +29,9 @@ class Config(NamedTuple):
     """Columns of a tile, at most: where registers do not suffice there are fewer."""
     persistent: bool
     """Whether blocks do several tiles of rows, one after the other."""
+    one_pass: bool = False
+    """Of `backward_keys`: whether it makes the gradients of queries, too, where it can. Then blocks
+    do several tiles of rows whatever `persistent` says."""
 
 
 _tried: contextvars.ContextVar[tuple[str, Config] | None] = contextvars.ContextVar(
@@ -66,6 +69,15 @@ def config(kernel: str, x: Inputs) -> Config | None:
     device = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else ""
     found = table().get(device, {}).get(key(kernel, x))
     return found and Config(*found)
+
+
+def one_pass(x: Inputs) -> bool:
+    """Returns whether the backward is one pass where it can be, as it is if nobody measured it."""
+    tried = _tried.get()
+    if tried and tried[0] == "backward_queries":
+        return False  # a kernel of two passes
+    found = config("backward_keys", x)
+    return found is None or found.one_pass
 
 
 def file() -> Any:

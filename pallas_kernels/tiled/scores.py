@@ -79,14 +79,14 @@ class Scores(NamedTuple):
         return self.options.reweight[0] * LOG2E * math.log(LEAST_EXCESS)
 
     def held(
-        self, products: Array, here: dict[str, Any], queries: Array, keys: Array
+        self, products: Array, here: dict[str, Any], queries: Array | None, keys: Array | None
     ) -> tuple[Array, Array | float]:
         """Returns scores in the kernels' unit, and the derivative of the soft cap.
 
         Args:
           products: of queries and keys.
           here: the values of the operands; "mask" is missing where all pairs are allowed.
-          queries: numbers of the queries.
+          queries: numbers of the queries, if there are slopes or a mask.
           keys: numbers of the keys.
         """
         scale, cap, slope = self.options.scale * self.unit, self.options.logits_soft_cap, 1.0

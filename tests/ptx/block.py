@@ -99,7 +99,14 @@ class Warpgroup:
         """Of every thread."""
         self.warps = np.unique(self.warp)
         self.products, self.stores = _Groups(), _Groups()
+        self.landing: list[Callable[[], None]] = []
+        """What has been read to be stored, and need not be there yet."""
         self.sums: dict[int, _Sum] = {}
+
+    def land(self) -> None:
+        """Has all be in GMEM that has been read."""
+        while self.landing:
+            self.landing.pop()()
 
     @property
     def idle(self) -> bool:
@@ -124,6 +131,7 @@ class Block:
         self.ctaid = [np.full(LANES, x, np.uint32) for x in place]
         self.nctaid = [np.full(LANES, x, np.uint32) for x in launch.grid]
         self._gmem, self._rng = gmem, rng
+        self._number = 1 + int(np.ravel_multi_index(tuple(place), launch.grid))
         self._smem = Smem(launch.smem_bytes, launch.threads // 32, BARRIERS)
         self._barriers: dict[int, _Barrier] = {}
         self._meeting: dict[int, list[Warpgroup]] = {}
@@ -149,6 +157,7 @@ class Block:
                 del running[group]
                 if not group.idle:
                     raise Fault("a warpgroup ends before what it has begun") from None
+                group.land()
         if self._copies:
             raise Fault("a block ends before its copies")
 
@@ -362,10 +371,12 @@ class Block:
         corner: Sequence[np.ndarray],
         of: np.ndarray,
         active: Active,
+        *,
+        adds: bool = False,
     ) -> None:
-        """cp.async.bulk.tensor from SMEM to GMEM."""
+        """cp.async.bulk.tensor from SMEM to GMEM, or cp.reduce.async.bulk.tensor of float32."""
         for lane, smem, address, *start in _each(active, _LANE, of, tensor, *corner):
-            self._begin_out(group, group.warp[lane], *self._tile(address, start, smem))
+            self._begin_out(group, group.warp[lane], *self._tile(address, start, smem), adds)
 
     def copy_out(
         self,
@@ -380,16 +391,24 @@ class Block:
             self._begin_out(group, group.warp[lane], *self._line(smem, gmem, count))
 
     def _begin_out(
-        self, group: Warpgroup, warp: int, smem: np.ndarray, gmem: np.ndarray, exists: np.ndarray
+        self,
+        group: Warpgroup,
+        warp: int,
+        smem: np.ndarray,
+        gmem: np.ndarray,
+        exists: np.ndarray,
+        adds: bool = False,
     ) -> None:
-        warp = np.array(warp)
+        warp, places = np.array(warp), gmem[exists]
         self._smem.reads(warp, smem, ended=False)
+        self._gmem.begin(places, self._number)
 
-        def copy() -> None:
-            self._gmem.bytes[gmem[exists]] = self._smem.seen[smem[exists]]
+        def read() -> None:
+            values = self._smem.seen[smem[exists]]
             self._smem.have_read(warp, smem)
+            group.landing.append(functools.partial(self._gmem.end, places, values, adds))
 
-        group.stores.begun.append(copy)
+        group.stores.begun.append(read)
 
     def _tile(
         self, address: int, corner: Sequence[int], smem: int
@@ -425,9 +444,11 @@ class Block:
         group.stores.commit()
 
     @staticmethod
-    def wait_stores(group: Warpgroup, left: int) -> None:
-        """cp.async.bulk.wait_group."""
+    def wait_stores(group: Warpgroup, left: int, *, read: bool = False) -> None:
+        """cp.async.bulk.wait_group: till all has been read, or is there, too."""
         group.stores.wait(left)
+        if not read:
+            group.land()
 
     # The matrix units
 

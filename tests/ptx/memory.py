@@ -31,6 +31,9 @@ class Gmem:
         self._places = [sum(sizes[:i]) for i in range(len(sizes))]
         self.bytes = np.full(sum(sizes), NOTHING, np.uint8)
         self._exists = np.zeros(sum(sizes), bool)
+        # Of words: the block that wrote to them, and whether that may still be under way.
+        self._writer = np.zeros(sum(sizes) // 4, np.int32)
+        self._under_way = np.zeros(sum(sizes) // 4, bool)
         for place, array in zip(self._places, arrays, strict=True):
             here = slice(place, place + array.nbytes)
             self.bytes[here] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -46,6 +49,28 @@ class Gmem:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         place = self._places[index]
         return self.bytes[place : place + size].view(dtype).reshape(shape)
+
+    def begin(self, places: np.ndarray, block: int) -> None:
+        """The copy engine begins to write, or to add; a Fault if something else might do so, too.
+
+        Args:
+          places: of bytes.
+          block: the one that has it do so, from 1: nothing orders what another one writes.
+        """
+        words = places // 4
+        if ((self._writer[words] > 0) & (self._writer[words] != block)).any():
+            raise Fault("GMEM: a race: another block has written there")
+        if self._under_way[words].any():
+            raise Fault("GMEM: a race: what was written before need not be there")
+        self._writer[words], self._under_way[words] = block, True
+
+    def end(self, places: np.ndarray, values: np.ndarray, adds: bool) -> None:
+        """What was begun is there: bytes, which are added as float32 if `adds`."""
+        if adds:
+            before = self.bytes[places].view(np.float32)
+            values = (before + values.view(np.float32)).view(np.uint8)
+        self.bytes[places] = values
+        self._under_way[places // 4] = False
 
     def places(self, addresses: np.ndarray) -> np.ndarray:
         """Returns where bytes are; all must be of arrays."""

@@ -1,5 +1,6 @@
 """That the emulation of GPU kernels finds what is wrong with one, and how numbers lie."""
 
+import functools
 import re
 from unittest import mock
 
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import gpu
 from pallas_kernels.tiled import tiled_attention
 from tests import ptx
 from tests.gpu import emulated
 from tests.ptx import block
 from tests.ptx.host import TensorMap
-from tests.ptx.memory import Fault, swizzled
+from tests.ptx.memory import Fault, Gmem, swizzled
 from tests.ptx.translate import translate
 
 WAIT = r"\{\s*\.reg \.pred\s+P1;\s*LAB_WAIT:.*?DONE:\s*\}"
@@ -41,13 +43,13 @@ def run():
         attend = jax.jit(lambda *x: tiled_attention(*x, implementation="pallas_gpu"))
         jax.block_until_ready(attend(*arrays))
     ((kernel, arrays),) = calls
+    return functools.partial(_run, kernel, arrays)
 
-    def run(change=lambda ptx: ptx, seed=0, of_arrays=lambda x: x):
-        changed = ptx.Kernel.__new__(ptx.Kernel)
-        vars(changed).update(vars(kernel), program=translate(change(kernel.ptx)))
-        return changed.run(of_arrays(arrays), seed)
 
-    return run
+def _run(kernel, arrays, change=lambda ptx: ptx, seed=0, of_arrays=lambda x: x):
+    changed = ptx.Kernel.__new__(ptx.Kernel)
+    vars(changed).update(vars(kernel), program=translate(change(kernel.ptx)))
+    return changed.run(of_arrays(arrays), seed)
 
 
 def _without(pattern, *indices):
@@ -72,6 +74,52 @@ FAULTS = {
     "products are not waited for": (_without(PRODUCTS), "ends before|may still be read"),
     "results are not waited for": (_without(STORES), "ends before what it has begun"),
 }
+
+
+THERE = r"cp\.async\.bulk\.wait_group\s+0;"
+
+
+@pytest.fixture(scope="module")
+def gradient():
+    """Runs the backward in one pass, its PTX changed, with two tiles of keys for each block."""
+    calls = []
+    original = ptx.Kernel.run
+
+    def kept(kernel, arrays, seed):
+        calls.append((kernel, arrays))
+        return original(kernel, arrays, seed)
+
+    arrays = [jax.random.normal(jax.random.key(i), (1, 256, 1, 64), jnp.bfloat16) for i in range(3)]
+
+    def loss(*arrays):
+        return tiled_attention(*arrays, implementation="pallas_gpu").astype(jnp.float32).sum()
+
+    with (
+        mock.patch.object(ptx.Kernel, "run", kept),
+        mock.patch.object(gpu, "PROCESSORS", 1),
+        emulated(),
+    ):
+        jax.block_until_ready(jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays))
+    _, (kernel, arrays) = calls
+    return functools.partial(_run, kernel, arrays)
+
+
+def test_additions_are_in_order(gradient):
+    """What is added is there before something else is added to it."""
+    assert gradient()[0].shape == (1, 256, 1, 64)
+    with pytest.raises(Fault, match="GMEM: a race: what was written before need not be there"):
+        gradient(_without(THERE))
+
+
+def test_additions_of_blocks_are_in_no_order():
+    memory = Gmem([np.ones(8, np.float32)])
+    place = memory.places(np.arange(16) + memory.addresses[0])
+    for _ in range(2):
+        memory.begin(place, 1)
+        memory.end(place, np.full(4, 2, np.float32).view(np.uint8), adds=True)
+    np.testing.assert_array_equal(memory.array(0, (8,), np.float32), [5, 5, 5, 5, 1, 1, 1, 1])
+    with pytest.raises(Fault, match="GMEM: a race: another block has written there"):
+        memory.begin(place, 2)
 
 
 @pytest.mark.parametrize("seed", range(2))

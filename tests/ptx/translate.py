@@ -413,12 +413,17 @@ class _Writer:
         if "commit_group" in parts or "wait_group" in parts:
             self._never_guarded()
             method = "commit_stores" if "commit_group" in parts else "wait_stores"
-            self._call(method, *x)
+            self._call(method, *x, *(["read=True"] if "read" in parts else []))
             return
-        # cp.async.bulk[.tensor.nd].to.from...
+        # cp[.reduce].async.bulk[.tensor.nd].to.from...
+        reduces = parts[1] == "reduce"
+        if reduces:
+            parts = [part for part in parts if part not in ("reduce", "add", "tile")]
         tensor = parts[3] == "tensor"
         to, of = (name.split("::")[0] for name in parts[5 if tensor else 3 :][:2])
         inward = {("shared", "global"): True, ("global", "shared"): False}[to, of]
+        if reduces and inward:
+            raise KeyError(parts)
         inward_only = {"mbarrier::complete_tx::bytes"} if inward else {"bulk_group"}
         if {*parts[7 if tensor else 5 :]} != inward_only:
             raise KeyError(parts)
@@ -434,7 +439,7 @@ class _Writer:
         if len(others) != inward:
             raise KeyError(x)
         method = f"copy_{'tile_' if tensor else ''}{'in' if inward else 'out'}"
-        self._call(method, *at, *others, self._active)
+        self._call(method, *at, *others, self._active, *(["adds=True"] if reduces else []))
         self._put("yield None")
 
     def _product(self, parts: list[str], x: list[str]) -> None:

@@ -141,8 +141,12 @@ def test_tiles(call):
 
 
 def test_the_same_twice(monkeypatch):
-    """Nothing depends on what happens first, or on which block does what."""
-    call = dataclasses.replace(LONG, queries=300, keys=400)
+    """Nothing depends on what happens first, or on which block does what.
+
+    But for gradients in one pass, see test_gpu_one_pass.py: that of slopes takes two.
+    """
+    options = LONG.options | {"alibi_slopes": np.float32([0.5])}
+    call = dataclasses.replace(LONG, options=options, queries=300, keys=400)
     found = []
     for seed, processors in enumerate((2, 2, 132)):
         monkeypatch.setattr(hopper, "PROCESSORS", processors)

@@ -59,6 +59,7 @@ def test_configurations_are_found_by_kernel_mask_dtype_and_features(table):
 def test_the_kernels_are_as_they_are_configured(table, mask):
     """A grid of processors is that of persistent blocks."""
     x = _inputs(mask, 64, 64)
+    kernels = gpu_tuned.KERNELS
 
     def grids():
         def loss(*arrays):
@@ -67,21 +68,27 @@ def test_the_kernels_are_as_they_are_configured(table, mask):
 
         jax.clear_caches()
         jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(x.query, x.key, x.value)
-        return str(jaxpr).count("axis_name=processor")
+        return [str(jaxpr).count(f"axis_name={name}") for name in ("processor", "share")]
 
-    kernels = gpu_tuned.KERNELS
+    def configure(*config):
+        configs = {gpu_tuned.key(kernel, x): Config(*config) for kernel in kernels}
+        gpu_tuned.write("H100", configs)
+
     default = grids()
-    gpu_tuned.write("H100", {gpu_tuned.key(kernel, x): Config(64, True) for kernel in kernels})
+    configure(128, True)
     persistent = grids()
-    gpu_tuned.write("H100", {gpu_tuned.key(kernel, x): Config(64, False) for kernel in kernels})
-    assert grids() == 0 < persistent
-    # Where all have as much to do, blocks of the forward are persistent.
-    assert default == (persistent if mask is not None else persistent // len(kernels))
+    configure(128, False)
+    assert grids() == [0, 0]
+    configure(128, True, True)
+    # One pass has blocks of its own: that of the forward is left.
+    of_one, shares = grids()
+    assert [of_one, shares] == default and shares > 0
+    assert persistent == [of_one * len(kernels), 0]
 
 
 def test_what_is_written_is_in_the_package(table):
     assert gpu_tuned.file().read_text() == "{}\n"
     gpu_tuned.write("H100", {"b": Config(64, True), "a": Config(128, False)})
     assert gpu_tuned.file().read_text().split() == (
-        '{ "H100": { "a": [ 128, false ], "b": [ 64, true ] } }'.split()
+        '{ "H100": { "a": [ 128, false, false ], "b": [ 64, true, false ] } }'.split()
     )
