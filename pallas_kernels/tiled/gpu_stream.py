@@ -63,8 +63,8 @@ class Stream:
         """Finds the schedule of a block."""
         self.plan, self.batch, self.head = plan, b, n
         groups = schedule.shape[1]
-        self.lead = b if schedule.shape[0] > 1 else 0, n // (plan.tiling.heads // groups)
-        self.schedule, self.block = schedule.at[self.lead], block
+        lead = b if schedule.shape[0] > 1 else 0, n // (plan.tiling.heads // groups)
+        self.schedule, self.block = schedule.at[lead], block
 
     def row(self, warpgroup: Array) -> Array:
         """Returns the first row of a warpgroup."""
