@@ -27,9 +27,8 @@ PRODUCTS = r"wgmma\.wait_group[^;]*;"
 STORES = r"cp\.async\.bulk\.wait_group[^;]*;"
 
 
-@pytest.fixture(scope="module")
-def run():
-    """Runs tiled attention's forward kernel, its PTX changed, on keys that need several tiles."""
+def _launched(function, *arrays):
+    """Returns the kernels that a function runs, and what it calls them with."""
     calls = []
     original = ptx.Kernel.run
 
@@ -37,12 +36,24 @@ def run():
         calls.append((kernel, arrays))
         return original(kernel, arrays, seed)
 
-    shapes = (1, 70, 1, 64), (1, 500, 1, 64), (1, 500, 1, 64)
-    arrays = [jax.random.normal(jax.random.key(i), x, jnp.bfloat16) for i, x in enumerate(shapes)]
     with mock.patch.object(ptx.Kernel, "run", kept), emulated():
-        attend = jax.jit(lambda *x: tiled_attention(*x, implementation="pallas_gpu"))
-        jax.block_until_ready(attend(*arrays))
-    ((kernel, arrays),) = calls
+        jax.block_until_ready(jax.jit(function)(*arrays))
+    return calls
+
+
+def _attend(*arrays):
+    return tiled_attention(*arrays, implementation="pallas_gpu")
+
+
+def _normal(*shapes):
+    return [jax.random.normal(jax.random.key(i), x, jnp.bfloat16) for i, x in enumerate(shapes)]
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Runs tiled attention's forward kernel, its PTX changed, on keys that need several tiles."""
+    arrays = _normal((1, 70, 1, 64), (1, 500, 1, 64), (1, 500, 1, 64))
+    ((kernel, arrays),) = _launched(_attend, *arrays)
     return functools.partial(_run, kernel, arrays)
 
 
@@ -82,25 +93,9 @@ THERE = r"cp\.async\.bulk\.wait_group\s+0;"
 @pytest.fixture(scope="module")
 def gradient():
     """Runs the backward in one pass, its PTX changed, with two tiles of keys for each block."""
-    calls = []
-    original = ptx.Kernel.run
-
-    def kept(kernel, arrays, seed):
-        calls.append((kernel, arrays))
-        return original(kernel, arrays, seed)
-
-    arrays = [jax.random.normal(jax.random.key(i), (1, 256, 1, 64), jnp.bfloat16) for i in range(3)]
-
-    def loss(*arrays):
-        return tiled_attention(*arrays, implementation="pallas_gpu").astype(jnp.float32).sum()
-
-    with (
-        mock.patch.object(ptx.Kernel, "run", kept),
-        mock.patch.object(gpu, "PROCESSORS", 1),
-        emulated(),
-    ):
-        jax.block_until_ready(jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays))
-    _, (kernel, arrays) = calls
+    gradient = jax.grad(lambda *x: _attend(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    with mock.patch.object(gpu, "PROCESSORS", 1):
+        _, (kernel, arrays) = _launched(gradient, *_normal(*[(1, 256, 1, 64)] * 3))
     return functools.partial(_run, kernel, arrays)
 
 
