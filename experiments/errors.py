@@ -46,7 +46,7 @@ class ExperimentError(Exception):
 
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's `main`; an ExperimentError becomes one message and an exit code."""
-    _quiet_libraries()
+    quiet_libraries()
     try:
         main()
     except ExperimentError as error:
@@ -62,7 +62,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Leaves the terminal to the commands' own messages.
 
     What fails while a checkpoint is written in the background is raised where it is waited for.

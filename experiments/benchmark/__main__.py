@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import sys
 
@@ -10,7 +11,7 @@ import tyro
 
 from experiments.benchmark import linear, tiled
 from experiments.benchmark.mechanisms import MechanismsConfig
-from experiments.benchmark.table import Report, show
+from experiments.benchmark.table import Report, show, write
 from experiments.errors import USAGE, ExperimentError, run_command
 
 FAMILIES = {
@@ -42,7 +43,8 @@ def main() -> None:
         description=__doc__,
         args=arguments[1:],
     )
-    report, command = Report(), f"benchmark {' '.join(arguments)}"
+    command = f"benchmark {' '.join(arguments)}"
+    report = Report(functools.partial(write, config.output, command))
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         config.fill(report)

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.benchmark import hopper
+from experiments.benchmark import apart, hopper
 from experiments.benchmark.measure import ReportConfig, fastest
-from experiments.benchmark.table import Report, progress
+from experiments.benchmark.table import Report, progress, read_measured
 from experiments.compile_report import NotSupported, chosen, load_cases
 from experiments.errors import ExperimentError
 
@@ -36,17 +36,60 @@ ROUND, MOST = 0.02, 16
 """Seconds, about, and at most so many calls of a round: the device does not wait for the host."""
 
 
-def keep_memory() -> None:
-    """Leaves memory to PyTorch, unless it is said how much. JAX reads it when it finds devices."""
+@dataclass(frozen=True)
+class DeviceConfig(ReportConfig):
+    """What reports on running on a CUDA device take; each has `measure`.
+
+    A kernel may never end, and one that fails may leave the device unusable to its process. So
+    they run in another one, see `apart`: what did not end is given up, and the others go on.
+    """
+
+    most_seconds: float = 300.0
+    """Seconds after which what is measured is given up."""
+    resume: bool = False
+    """Take from the output file what has been measured before; the rest is added."""
+
+    def fill(self, report: Report) -> None:
+        """Runs `measure` in a process of its own."""
+        for name, value in vars(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            numbers = [x for x in numbers if isinstance(x, (int, float)) and x is not False]
+            if any(x < 1 for x in numbers):
+                raise ExperimentError(f"{name}: {value}; it must be at least 1")
+        if self.resume:
+            report.measured |= read_measured(self.output)
+        apart.run(_measure, self, report, self.most_seconds, works)
+
+    def measure(self, report: Report) -> None:
+        """Fills the report, on the device at hand."""
+        raise NotImplementedError
+
+
+def _measure(config: DeviceConfig, report: Report) -> None:
+    # Memory is left to PyTorch, unless it is said how much. JAX reads it when it finds devices.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    check_device(report)
+    config.measure(report)
 
 
-def check_device() -> None:
-    """Raises an ExperimentError if JAX finds no CUDA device."""
+def check_device(report: Report) -> None:
+    """Raises an ExperimentError if JAX finds no CUDA device, or another one than measured."""
     if jax.default_backend() != "gpu":
         raise ExperimentError(
             "JAX finds no CUDA device here; `make EXTRA=cuda env` installs its CUDA wheels"
         )
+    here = jax.devices()[0].device_kind
+    known = report.measure("the device", lambda: {"kind": here})["kind"]
+    if known != here:
+        raise ExperimentError(f"resume: what is known has been measured on {known}; here is {here}")
+
+
+def works() -> bool:
+    """Returns whether the device still computes: after some errors it does not, in a process."""
+    try:
+        return int(jax.numpy.ones(8).sum()) == 8
+    except Exception:  # whatever it is
+        return False
 
 
 def shape_of(total: int, tokens: int, features: int) -> tuple[int, int, int, int]:
@@ -85,6 +128,8 @@ def cost(function: Callable[..., Any], arrays: Sequence[Any], repeats: int) -> d
 
 Cost = Callable[[Sequence[Any], int], Mapping[str, Any]]
 """Measures a peer on arrays so many times."""
+Arrays = Callable[[], Sequence[Any]]
+"""Makes arrays when something is to be measured on them."""
 
 
 def torch_cost(
@@ -131,29 +176,28 @@ def torch_cost(
 
 
 def measured(
+    report: Report,
     record: dict[str, Any],
     label: str,
     name: str,
-    measure: Callable[..., Mapping[str, Any]],
-    *arguments: Any,
+    cost: Cost,
+    arrays: Arrays,
+    repeats: int,
 ) -> Mapping[str, Any] | None:
-    """Calls what measures a peer; if it fails that is in the record, and the others go on.
+    """Measures a peer; if it fails that is in the record, and the others go on.
 
     Args:
+      report: what has been measured so far.
       record: to add to what is measured, or the error.
       label: what is measured, for the terminal.
       name: of the peer.
-      measure: returns numbers by what they are.
-      *arguments: its arguments.
+      cost: measures it.
+      arrays: on what.
+      repeats: rounds.
     """
-    progress(f"{label}: {name}")
-    try:
-        found = measure(*arguments)
-    except Exception as error:  # of a peer's own kinds
-        record[f"{name} error"] = f"{type(error).__name__}: {error}"
-        return None
+    found = report.measure(f"{label}: {name}", lambda: cost(arrays(), repeats))
     record |= {f"{name} {what}": value for what, value in found.items()}
-    return found
+    return None if "error" in found else found
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from jaxtyping import Array
 
 from experiments.benchmark import gpu
 from experiments.benchmark.linear_variants import BOUND, VARIANTS, arrays_of, constant_decays
-from experiments.benchmark.measure import ReportConfig, directed
+from experiments.benchmark.measure import directed
 from experiments.benchmark.table import Report
 from experiments.compile_report import chosen
-from experiments.errors import ExperimentError
 
 LIGHTNING = "lightning"
 """The variant whose share of the memory's bandwidth is shown: it computes least."""
@@ -55,7 +54,7 @@ STYLES = {"ours": "o-", "XLA": "x:", "fla": "s--", "cuDNN": "^-."}
 
 
 @dataclass(frozen=True)
-class GpuConfig(ReportConfig):
+class GpuConfig(gpu.DeviceConfig):
     """Tokens a second, by length, on a CUDA device."""
 
     tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -71,9 +70,8 @@ class GpuConfig(ReportConfig):
     plot: Path | None = None
     """Picture of the rates to draw."""
 
-    def fill(self, report: Report) -> None:
+    def measure(self, report: Report) -> None:
         """Runs all lengths of each pass; its last row is the slowest over the fastest of them."""
-        self._check()
         for label, (direction, name) in chosen(_passes(self.peers), self.only).items():
             rates: dict[str, list[float]] = {}
             for tokens in self.tokens:
@@ -91,14 +89,6 @@ class GpuConfig(ReportConfig):
                 # The table is shown all the same.
                 report.failures.append(f"plot: cannot write {self.plot}: {error}")
 
-    def _check(self) -> None:
-        gpu.keep_memory()
-        gpu.check_device()
-        for name in ("tokens", "total", "features", "repeats"):
-            value = getattr(self, name)
-            if np.any(np.less(value, 1)):
-                raise ExperimentError(f"{name}: {value}; it must be at least 1")
-
     def _add(
         self, report: Report, label: str, direction: str, name: str, tokens: int
     ) -> dict[str, float]:
@@ -107,7 +97,7 @@ class GpuConfig(ReportConfig):
         batch, _, heads, features = shape
         variant = VARIANTS["no decay" if name == SOFTMAX else name]
         inputs = variant.inputs(tokens, heads, features, jnp.bfloat16, batch)
-        arrays = tuple(arrays_of(inputs).values())
+        arrays = functools.cache(lambda: tuple(arrays_of(inputs).values()))
         row = {"pass": label, "tokens": f"{tokens:,}"}
         record: dict[str, Any] = {"pass": label, "direction": direction, "variant": name}
         record |= {"shape": shape, "tokens": tokens, "device": jax.devices()[0].device_kind}
@@ -117,14 +107,14 @@ class GpuConfig(ReportConfig):
                 continue
             row |= {f"{peer} Mtoken/s": "-", f"{peer} MiB": "-"}
             place = f"{label}, {tokens:,} tokens"
-            found = gpu.measured(record, place, peer, cost, arrays, self.repeats)
+            found = gpu.measured(report, record, place, peer, cost, arrays, self.repeats)
             if found is None:
                 continue
             seconds = found["seconds"]
             record[f"{peer} tokens/s"] = rates[peer] = rate = batch * tokens / seconds
             cell = f"{rate / 1e6:.3g}"
             if name == LIGHTNING:
-                moved = MOVED[direction] * math.prod(shape) * arrays[0].itemsize
+                moved = MOVED[direction] * math.prod(shape) * inputs["query"].dtype.itemsize
                 cell += gpu.share(moved / seconds, "bandwidth")
             row |= {f"{peer} Mtoken/s": cell, f"{peer} MiB": f"{found['bytes'] / 2**20:,.0f}"}
         report.add(row, record)

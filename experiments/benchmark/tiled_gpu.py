@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.benchmark import gpu
-from experiments.benchmark.measure import ReportConfig, directed
+from experiments.benchmark.measure import directed
 from experiments.benchmark.table import Report
 from pallas_kernels import masks
 from pallas_kernels.tiled import tiled_attention
@@ -27,7 +27,7 @@ Peer = Callable[..., Array]
 
 
 @dataclass(frozen=True)
-class GpuConfig(ReportConfig):
+class GpuConfig(gpu.DeviceConfig):
     """Rates of dense attention beside its peers, and what sparse attention saves of it."""
 
     features: tuple[int, ...] = (64, 128, 256)
@@ -41,10 +41,8 @@ class GpuConfig(ReportConfig):
     repeats: int = 20
     """Rounds of calls, of which the fastest counts."""
 
-    def fill(self, report: Report) -> None:
+    def measure(self, report: Report) -> None:
         """Runs all of them in turn, on the same arrays."""
-        gpu.keep_memory()
-        gpu.check_device()
         for features in self.features:
             for mask in ("causal", "full"):
                 for direction in DIRECTIONS:
@@ -58,21 +56,22 @@ class GpuConfig(ReportConfig):
         label = f"{direction}, {mask}, {features} features"
         if self.only not in label:
             return
-        arrays = self._arrays(features, tokens)
-        batch, _, heads, _ = arrays[0].shape
+        arrays = functools.cache(lambda: self._arrays(features, tokens))
+        batch, _, heads, _ = gpu.shape_of(self.total, tokens, features)
         products = 4 * batch * heads * features * tokens**2 * DIRECTIONS[direction]
         products /= 2 if mask == "causal" else 1
         row = {"pass": label, "tokens": f"{tokens:,}"}
         record: dict[str, Any] = dict(row, device=jax.devices()[0].device_kind)
         for name, cost in costs(mask, direction, features).items():
-            seconds = self._seconds(f"{label}, {tokens:,} tokens", name, record, cost, arrays)
+            place = f"{label}, {tokens:,} tokens"
+            seconds = self._seconds(report, record, place, name, cost, arrays)
             row[f"{name} TFLOP/s"] = "-" if seconds is None else rate(products / seconds)
         report.add(row, record)
 
     def _sparse(self, report: Report, features: int) -> None:
         """Adds rows of the time that something takes, and of how many times it goes into full."""
         tokens = self.sparse_tokens
-        (arrays,) = (tuple(x[:1] for x in self._arrays(features, tokens)),)
+        arrays = functools.cache(lambda: tuple(x[:1] for x in self._arrays(features, tokens)))
         for direction in DIRECTIONS:
             full = None
             for name, options in variants(tokens).items():
@@ -83,7 +82,8 @@ class GpuConfig(ReportConfig):
                 record: dict[str, Any] = dict(row, device=jax.devices()[0].device_kind)
                 ours = directed(direction, functools.partial(_ours, **options), range(3))
                 cost = functools.partial(gpu.cost, ours)
-                seconds = self._seconds(label, "ours", record, cost, arrays)
+                place = f"{label}, {tokens:,} tokens"
+                seconds = self._seconds(report, record, place, "ours", cost, arrays)
                 full = seconds if name == FULL else full
                 if seconds is not None:
                     row["ours ms"] = f"{1e3 * seconds:.3f}"
@@ -96,13 +96,14 @@ class GpuConfig(ReportConfig):
 
     def _seconds(
         self,
+        report: Report,
+        record: dict[str, Any],
         label: str,
         name: str,
-        record: dict[str, Any],
         cost: gpu.Cost,
-        arrays: tuple[Array, ...],
+        arrays: gpu.Arrays,
     ) -> float | None:
-        found = gpu.measured(record, label, name, cost, arrays, self.repeats)
+        found = gpu.measured(report, record, label, name, cost, arrays, self.repeats)
         return None if found is None else found["seconds"]
 
 

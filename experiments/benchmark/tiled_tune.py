@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from experiments.benchmark import gpu
-from experiments.benchmark.measure import ReportConfig, directed
+from experiments.benchmark.measure import directed
 from experiments.benchmark.table import Report, progress
 from experiments.benchmark.tiled_gpu import random_lists
 from pallas_kernels import masks
@@ -30,7 +30,7 @@ ONE_PASS = {"one pass": Config(128, False, one_pass=True)}
 
 
 @dataclass(frozen=True)
-class TuneConfig(ReportConfig):
+class TuneConfig(gpu.DeviceConfig):
     """Times of the GPU kernels' configurations; writes the fastest into the kernels' table."""
 
     features: tuple[int, ...] = (64, 128, 192, 256)
@@ -44,28 +44,29 @@ class TuneConfig(ReportConfig):
     write: bool = False
     """Add the fastest to the table of the installed package, for this device."""
 
-    def fill(self, report: Report) -> None:
+    def measure(self, report: Report) -> None:
         """Measures every kernel with every configuration, the other kernels as they are."""
-        gpu.keep_memory()
-        gpu.check_device()
-        fastest = {}
+        device, count = jax.devices()[0].device_kind, 0
         for features in self.features:
-            shape = (3, *gpu.shape_of(self.total, self.tokens, features))
-            arrays = tuple(jax.random.normal(jax.random.key(0), shape, jnp.bfloat16))
+            shape = gpu.shape_of(self.total, self.tokens, features)
+            make = functools.partial(jax.random.normal, shape=(3, *shape), dtype=jnp.bfloat16)
+            arrays = functools.cache(lambda make=make: tuple(make(jax.random.key(0))))
+            types = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3
             for mask in (None, masks.causal(), random_lists(self.tokens, 128)):
-                x = Inputs(*arrays, *(None,) * (len(Inputs._fields) - 3))._replace(mask=mask)
+                x = Inputs(*types, *(None,) * (len(Inputs._fields) - 3))._replace(mask=mask)
                 for kernel in gpu_tuned.KERNELS:
                     key = gpu_tuned.key(kernel, x)
+                    found = None
                     if self.only in key:
                         found = self._measured(report, key, kernel, mask, arrays)
-                        fastest |= {} if found is None else {key: found}
-        device = jax.devices()[0].device_kind
-        if self.write and fastest:
-            gpu_tuned.write(device, fastest)
-            progress(f"{len(fastest)} configurations for {device} are in {gpu_tuned.file()}")
+                    if self.write and found is not None:  # at once: what follows may be stopped
+                        gpu_tuned.write(device, {key: found})
+                        count += 1
+        if count:
+            progress(f"{count} configurations for {device} are in {gpu_tuned.file()}")
 
     def _measured(
-        self, report: Report, key: str, kernel: str, mask: Any, arrays: Sequence[Array]
+        self, report: Report, key: str, kernel: str, mask: Any, arrays: gpu.Arrays
     ) -> Config | None:
         """Adds a row of times; returns what is fastest."""
         direction = "forward" if kernel == "forward" else "gradient"
@@ -77,11 +78,24 @@ class TuneConfig(ReportConfig):
         for name, config in (CONFIGS | ONE_PASS).items():
             if name in ONE_PASS and kernel != "backward_keys":
                 continue
-            jax.clear_caches()  # of what was traced with another configuration
-            with gpu_tuned.trying(kernel, config):
-                found = gpu.measured(record, key, name, gpu.cost, function, arrays, self.repeats)
+
+            cost = functools.partial(_cost, kernel, config, function)
+            found = gpu.measured(report, record, key, name, cost, arrays, self.repeats)
             row[f"{name}, ms"] = "-" if found is None else f"{1e3 * found['seconds']:.3f}"
             if found is not None:
                 times[config] = found["seconds"]
         report.add(row, record)
         return min(times, key=times.get) if times else None
+
+
+def _cost(
+    kernel: str,
+    config: Config,
+    function: Callable[..., Any],
+    arrays: Sequence[Array],
+    repeats: int,
+) -> dict[str, float]:
+    """Is `gpu.cost` with a kernel configured in some way."""
+    jax.clear_caches()  # of what was traced with another configuration
+    with gpu_tuned.trying(kernel, config):
+        return gpu.cost(function, arrays, repeats)

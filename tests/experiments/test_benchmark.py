@@ -636,7 +636,7 @@ def test_wrong_input_is_one_message(arguments, code, message, monkeypatch, capsy
 
     monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
     monkeypatch.setattr(measure, "check_compiler", lambda *_: None)
-    monkeypatch.setattr("experiments.errors._quiet_libraries", lambda: None)
+    monkeypatch.setattr("experiments.errors.quiet_libraries", lambda: None)
     with pytest.raises(SystemExit) as caught:
         run_command(main)
     printed = capsys.readouterr()

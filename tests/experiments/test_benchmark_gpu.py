@@ -30,8 +30,6 @@ def _is_h200(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     device = types.SimpleNamespace(device_kind="NVIDIA H200")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    # What is set if it is not is taken back.
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def test_report_of_tiled_attention(monkeypatch):
@@ -54,7 +52,7 @@ def test_report_of_tiled_attention(monkeypatch):
         features=(64,), tokens=(tokens,), total=2 * tokens, sparse_tokens=512, repeats=20
     )
     report = Report()
-    config.fill(report)
+    config.measure(report)
     rows = {row["pass"]: row for row in report.rows}
     assert len(rows) == len(report.rows) == 4 + 10
     # Two sequences, 32 heads of 64 features: 4 T^2 operations for each, and half of it if causal.
@@ -96,10 +94,12 @@ def test_configurations_are_tuned(monkeypatch):
     monkeypatch.setattr(gpu, "cost", measured)
     monkeypatch.setattr(tiled_tune, "tiled_attention", attention)
     monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(None))
-    monkeypatch.setattr(gpu_tuned, "write", lambda device, found: written.update({device: found}))
+    monkeypatch.setattr(
+        gpu_tuned, "write", lambda device, found: written.setdefault(device, {}).update(found)
+    )
     options = dict(features=(64,), tokens=256, total=512, repeats=7)
     report = Report()
-    tiled_tune.TuneConfig(**options, write=True).fill(report)
+    tiled_tune.TuneConfig(**options, write=True).measure(report)
     assert written == {
         "NVIDIA H200": {
             f"{kernel}, {mask}, bfloat16, 64 features": config
@@ -117,7 +117,7 @@ def test_configurations_are_tuned(monkeypatch):
 
     written.clear()
     report = Report()
-    tiled_tune.TuneConfig(**options, only="forward, lists").fill(report)
+    tiled_tune.TuneConfig(**options, only="forward, lists").measure(report)
     assert len(report.rows) == 1 and not written
 
 
@@ -168,7 +168,7 @@ def test_report_of_linear_attention(monkeypatch, tmp_path):
     plot = tmp_path / "rates.png"
     options = dict(tokens=(64, 128), total=256, repeats=3)
     report = Report()
-    linear_gpu.GpuConfig(**options, plot=plot).fill(report)
+    linear_gpu.GpuConfig(**options, plot=plot).measure(report)
     rows = {(row["pass"], row["tokens"]): row for row in report.rows}
     # The delta rule, of which nothing runs, has no spread.
     assert len(rows) == len(report.rows) == 2 * (7 * 3 - 3)
@@ -194,19 +194,19 @@ def test_report_of_linear_attention(monkeypatch, tmp_path):
     options = dict(tokens=(64,), total=256, repeats=3, only="gradient")
     for peer, count, wrong in (("cuDNN", 1, "none/rates.png"), ("XLA", 6, "rates.jpx")):
         report = Report()
-        linear_gpu.GpuConfig(**options, peers=(peer,), plot=tmp_path / wrong).fill(report)
+        linear_gpu.GpuConfig(**options, peers=(peer,), plot=tmp_path / wrong).measure(report)
         columns = {"pass", "tokens", f"{peer} Mtoken/s", f"{peer} MiB"}
         assert [row.keys() for row in report.rows] == [columns] * count
         assert report.failures[0].startswith(f"plot: cannot write {tmp_path / wrong}: ")
 
 
-def test_options_of_the_linear_report(monkeypatch):
-    _is_h200(monkeypatch)
-    for name, value in (("tokens", (64, 0)), ("total", 0), ("features", 0), ("repeats", 0)):
-        with pytest.raises(ExperimentError, match=rf"{name}: .*0\)?; it must be at least 1"):
-            linear_gpu.GpuConfig(**{name: value}).fill(Report())
+def test_options_of_the_reports():
+    for name, value in (("tokens", (64, 0)), ("total", 0), ("repeats", 0), ("most_seconds", 0.0)):
+        for config in (linear_gpu.GpuConfig, tiled_gpu.GpuConfig, tiled_tune.TuneConfig):
+            with pytest.raises(ExperimentError, match=rf"{name}: .*0\)?; it must be at least 1"):
+                config(**{name: value}).fill(Report())
     with pytest.raises(ExperimentError, match="only: 'KDB' is in the name of no case"):
-        linear_gpu.GpuConfig(only="KDB").fill(Report())
+        linear_gpu.GpuConfig(only="KDB").measure(Report())
 
 
 def test_implementations_of_the_linear_report(monkeypatch):
