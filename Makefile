@@ -12,6 +12,8 @@ ARGS ?=
 EXTRA ?=
 STAMP := $(VENV)/.installed$(EXTRA:%=-%)
 WORKERS ?= 2
+# Processes that share a GPU; 0 for none but pytest's own.
+GPU_WORKERS ?= 4
 
 .PHONY: help train test test-gpu lint format lock wheel readme pages clean env
 
@@ -38,7 +40,7 @@ test: $(STAMP)
 
 # On a machine with a CUDA device, after `make EXTRA=cuda env`.
 test-gpu: $(STAMP)
-	@$(BIN)/python -m pytest -m gpu --device gpu $(ARGS)
+	@$(BIN)/python -m pytest -m gpu --device gpu -n $(GPU_WORKERS) --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

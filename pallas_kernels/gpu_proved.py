@@ -2,7 +2,7 @@
 
 A call is made of parts: its dtype, its terms, its gradients. Where no implementation is asked for,
 the kernels serve calls all of whose parts are in the family's file, which
-`make test-gpu ARGS="tests/pallas_kernels/FAMILY --write-proved"` writes with what has passed.
+`make test-gpu ARGS=--write-proved` writes with what has passed.
 """
 
 import dataclasses

@@ -14,6 +14,12 @@ def pytest_addoption(parser):
         help="what to run on: emulated is a CPU for the tests of a GPU (default: cpu)",
     )
     parser.addoption(
+        "--most-seconds",
+        type=float,
+        default=300,
+        help="with --device gpu: after which a test is given up (default: 300)",
+    )
+    parser.addoption(
         "--write-proved",
         action="store_true",
         help="with --device gpu: write what has passed, which is what is chosen there",
@@ -36,6 +42,8 @@ def pytest_configure(config):
         if "xla_force_host_platform_device_count" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
     else:
+        # Several processes share it.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         import jax
 
         if jax.default_backend() != "gpu":
@@ -44,6 +52,11 @@ def pytest_configure(config):
                 "wheels",
                 returncode=pytest.ExitCode.USAGE_ERROR,
             )
+        from experiments.benchmark.gpu import works
+        from tests.on_gpu import OnGpu
+
+        seconds, write = config.getoption("--most-seconds"), config.getoption("--write-proved")
+        config.pluginmanager.register(OnGpu(config, works, seconds, write))
 
 
 def pytest_collection_finish():

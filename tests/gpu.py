@@ -114,18 +114,3 @@ class Gpus:
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             traced = jax.jit(function).trace(*arguments)
             return traced.lower(lowering_platforms=("cuda",)).compile().as_text()
-
-
-def check_proved(table, passed, failed, request):
-    """Asserts that what is chosen on a GPU has passed; with --write-proved it is what has.
-
-    Args:
-      table: that of the family.
-      passed: the parts of the calls that passed.
-      failed: those of all others: a part counts only if no call that has it failed.
-      request: pytest's.
-    """
-    parts = frozenset().union(*passed) - frozenset().union(*failed)
-    if request.config.getoption("--write-proved"):
-        table.write(parts)
-    assert table.parts() <= parts

@@ -1,7 +1,7 @@
 """The GPU kernels of linear attention on a GPU: what has passed is what is chosen there.
 
-`make test-gpu ARGS="tests/pallas_kernels/linear --write-proved"` writes the names of the parts of
-all calls that passed, see `pallas_kernels.gpu_proved`.
+`make test-gpu ARGS=--write-proved` writes the names of the parts of all calls that passed, see
+`pallas_kernels.gpu_proved` and tests/on_gpu.py.
 """
 
 import chex
@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.linear.gpu_proved import PROVED
-from tests.gpu import check_proved
+from pallas_kernels.linear.gpu_proved import PROVED  # noqa: F401
 from tests.pallas_kernels.linear.cases import Case
 from tests.pallas_kernels.linear.gpu_calls import GPU_CASES, check, dtype_of, parts_of
 from tests.training import check_training
@@ -30,7 +29,7 @@ RULES = {
     "momentum, sums": dict(decay="step", momentum=True),
 }
 SIZES = {64: (64, 64), 128: (128, 128), 192: (64, 192), 256: (256, 128)}
-CASES = (
+CALLS = (
     {name: (case, dtype_of(name)) for name, case in GPU_CASES.items()}
     | {
         f"{name}, {dtype}": (
@@ -58,13 +57,16 @@ CASES = (
         for name in ("decay", "steps", "channels", "delta, steps", "delta, channels", "momentum")
     }
 )
-PASSED: dict[str, frozenset[str]] = {}
-"""The parts of the calls that have passed in this run."""
 
 
-@pytest.mark.parametrize("name", CASES)
+def parts(name):
+    """Returns the parts of a call."""
+    return parts_of(*CALLS[name])
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_results_and_gradients(name):
-    case, dtype = CASES[name]
+    case, dtype = CALLS[name]
     arrays = case.arrays(dtype)
     run = case.differentiated
     results, gradients = jax.block_until_ready(run(arrays, "pallas_gpu"))
@@ -72,16 +74,9 @@ def test_results_and_gradients(name):
     chex.assert_trees_all_equal_dtypes(gradients, arrays)
     check((results, gradients), case.defined(arrays), dtype, factor=2)
     chex.assert_trees_all_equal(run(arrays, "pallas_gpu"), (results, gradients))
-    PASSED[name] = parts_of(case, dtype)
 
 
 @pytest.mark.parametrize("devices", [1, None], ids=["one device", "all devices"])
 def test_a_language_model_trains(devices):
     """A few steps on the kernels are the steps on plain JAX, sharded over batch and heads too."""
     check_training("lightning_attention", devices)
-
-
-def test_proved(request):
-    """What is chosen on a GPU has passed in this run; with --write-proved it is what has."""
-    failed = [parts_of(*call) for name, call in CASES.items() if name not in PASSED]
-    check_proved(PROVED, PASSED.values(), failed, request)

@@ -1,7 +1,7 @@
 """The GPU kernels of scans on a GPU: what has passed is what is chosen there.
 
-`make test-gpu ARGS="tests/pallas_kernels/scan --write-proved"` writes the names of the parts of
-all calls that passed, see `pallas_kernels.gpu_proved`.
+`make test-gpu ARGS=--write-proved` writes the names of the parts of all calls that passed, see
+`pallas_kernels.gpu_proved` and tests/on_gpu.py.
 """
 
 import functools
@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.scan import gated_scan, gpu
-from pallas_kernels.scan.gpu_proved import PROVED, parts_of
-from tests.gpu import check_proved
+from pallas_kernels.scan.gpu_proved import PROVED, parts_of  # noqa: F401
 from tests.numerics import assert_close
 from tests.pallas_kernels.scan.cases import CASES, Case
 from tests.pallas_kernels.scan.test_gpu import NUMBERS
@@ -56,12 +55,11 @@ CALLS = (
         }.items()
     }
 )
-PASSED: dict[str, frozenset[str]] = {}
-"""The parts of the calls that have passed in this run."""
 
 
-def _parts(case, arrays):
+def parts(name):
     """Returns the parts of a call, as the kernels are asked for them."""
+    case, dtype = CALLS[name]
     found = []
 
     def recorded(**call):
@@ -69,7 +67,7 @@ def _parts(case, arrays):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(gpu, "supports", recorded)
-        jax.eval_shape(lambda arrays: case.traced(arrays, "pallas_gpu"), arrays)
+        jax.eval_shape(lambda arrays: case.traced(arrays, "pallas_gpu"), case.arrays(dtype))
     return found[0]
 
 
@@ -77,7 +75,6 @@ def _parts(case, arrays):
 def test_results_and_gradients(name):
     case, dtype = CALLS[name]
     arrays = case.arrays(dtype)
-    parts = _parts(case, arrays)
     gradients, results = case.gradients(arrays, "pallas_gpu")
     assert results[0].dtype == dtype
     chex.assert_trees_all_equal_dtypes(gradients, arrays)
@@ -87,7 +84,6 @@ def test_results_and_gradients(name):
     assert_close((gradients, results), expected, dtype, 2)
     again = case.gradients(arrays, "pallas_gpu")
     chex.assert_trees_all_equal(again, (gradients, results))
-    PASSED[name] = parts
 
 
 def test_decays_of_any_strength_over_many_tokens():
@@ -113,9 +109,3 @@ def test_decays_of_any_strength_over_many_tokens():
         of_one = [[array[..., n] for array in arrays] for arrays in (actual, expected)]
         shown = slice(0, 2 if n < 3 else 3)
         assert_close(of_one[0][shown], of_one[1][shown], factor=1000)
-
-
-def test_proved(request):
-    """What is chosen on a GPU has passed in this run; with --write-proved it is what has."""
-    failed = [_parts(case, case.arrays(d)) for n, (case, d) in CALLS.items() if n not in PASSED]
-    check_proved(PROVED, PASSED.values(), failed, request)

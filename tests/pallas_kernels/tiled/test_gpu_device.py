@@ -1,7 +1,7 @@
 """The GPU kernels of tiled attention on a GPU: what has passed is what is chosen there.
 
-`make test-gpu ARGS="tests/pallas_kernels/tiled --write-proved"` writes the names of the parts of
-all calls that passed, see `pallas_kernels.gpu_proved`.
+`make test-gpu ARGS=--write-proved` writes the names of the parts of all calls that passed, see
+`pallas_kernels.gpu_proved` and tests/on_gpu.py.
 """
 
 import chex
@@ -12,8 +12,8 @@ import pytest
 
 from pallas_kernels import gpu as hopper
 from pallas_kernels import masks
-from pallas_kernels.tiled.gpu_proved import PROVED
-from tests.gpu import PRODUCTS_IN_PARTS, check_proved
+from pallas_kernels.tiled.gpu_proved import PROVED  # noqa: F401
+from tests.gpu import PRODUCTS_IN_PARTS
 from tests.numerics import assert_close
 from tests.pallas_kernels.tiled.features import (
     FEATURES,
@@ -64,8 +64,11 @@ CALLS = (
         for k in (64, 128)
     }
 )
-PASSED: dict[str, frozenset[str]] = {}
-"""The parts of the calls that have passed in this run."""
+
+
+def parts(name):
+    """Returns the parts of a call."""
+    return CALLS[name].parts
 
 
 def _run(call):
@@ -97,7 +100,6 @@ def test_results_and_gradients(name, monkeypatch):
         else:
             chex.assert_trees_all_equal(again, gradients)
         monkeypatch.undo()
-    PASSED[name] = call.parts
 
 
 def test_what_a_range_hides_may_be_anything():
@@ -119,9 +121,3 @@ def test_a_query_without_keys(hide, sink):
 def test_a_language_model_trains(devices):
     """A few steps on the kernels are the steps on plain JAX, sharded over batch and heads too."""
     check_training("softmax_attention", devices)
-
-
-def test_proved(request):
-    """What is chosen on a GPU has passed in this run; with --write-proved it is what has."""
-    failed = [call.parts for name, call in CALLS.items() if name not in PASSED]
-    check_proved(PROVED, PASSED.values(), failed, request)
