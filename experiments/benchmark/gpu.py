@@ -48,6 +48,9 @@ class DeviceConfig(ReportConfig):
     """Seconds after which what is measured is given up."""
     resume: bool = False
     """Take from the output file what has been measured before; the rest is added."""
+    processes: int = 1
+    """Processes that compile at the same time, and run one after the other. What XLA tries on the
+    device while it compiles may slow down another one's runs."""
 
     def fill(self, report: Report) -> None:
         """Runs `measure` in a process of its own."""
@@ -58,7 +61,8 @@ class DeviceConfig(ReportConfig):
                 raise ExperimentError(f"{name}: {value}; it must be at least 1")
         if self.resume:
             report.measured |= read_measured(self.output)
-        apart.run(_measure, self, report, self.most_seconds, works)
+        options = dict(most_seconds=self.most_seconds, processes=self.processes)
+        apart.run(_measure, self, report, works=works, **options)
 
     def measure(self, report: Report) -> None:
         """Fills the report, on the device at hand."""
@@ -79,7 +83,7 @@ def check_device(report: Report) -> None:
             "JAX finds no CUDA device here; `make EXTRA=cuda env` installs its CUDA wheels"
         )
     here = jax.devices()[0].device_kind
-    known = report.measure("the device", lambda: {"kind": here})["kind"]
+    known = report.measure("the device", lambda: {"kind": here}).get("kind", here)
     if known != here:
         raise ExperimentError(f"resume: what is known has been measured on {known}; here is {here}")
 
@@ -112,16 +116,18 @@ def calls_of(seconds: float) -> int:
 def cost(function: Callable[..., Any], arrays: Sequence[Any], repeats: int) -> dict[str, float]:
     """Returns seconds of a call in the fastest of some rounds, and bytes beside its arguments."""
     compiled = jax.jit(function).lower(*arrays).compile()
-    count = calls_of(fastest(compiled, arrays, 1))
-
-    def calls(*arrays: Any) -> Any:
-        for _ in range(count):
-            out = compiled(*arrays)
-        return out
-
     memory = compiled.memory_analysis()
+    with apart.alone():
+        count = calls_of(fastest(compiled, arrays, 1))
+
+        def calls(*arrays: Any) -> Any:
+            for _ in range(count):
+                out = compiled(*arrays)
+            return out
+
+        seconds = fastest(calls, arrays, repeats) / count
     return {
-        "seconds": fastest(calls, arrays, repeats) / count,
+        "seconds": seconds,
         "bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
     }
 
@@ -163,15 +169,16 @@ def torch_cost(
         ended.synchronize()
         return began.elapsed_time(ended) / 1e3 / count
 
-    try:
-        seconds(1)  # in which kernels are compiled, and what is fastest is tried
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        count = calls_of(seconds(1))
-        size = torch.cuda.max_memory_allocated() - before
-        fastest = min(seconds(count) for _ in range(repeats))
-    finally:
-        torch.cuda.empty_cache()  # JAX needs memory, too
+    with apart.alone():
+        try:
+            seconds(1)  # in which kernels are compiled, and what is fastest is tried
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            count = calls_of(seconds(1))
+            size = torch.cuda.max_memory_allocated() - before
+            fastest = min(seconds(count) for _ in range(repeats))
+        finally:
+            torch.cuda.empty_cache()  # JAX needs memory, too
     return {"seconds": fastest, "bytes": size}
 
 
@@ -195,7 +202,13 @@ def measured(
       arrays: on what.
       repeats: rounds.
     """
-    found = report.measure(f"{label}: {name}", lambda: cost(arrays(), repeats))
+
+    def measure() -> Mapping[str, Any]:
+        with apart.alone():
+            made = jax.block_until_ready(arrays())
+        return cost(made, repeats)
+
+    found = report.measure(f"{label}: {name}", measure)
     record |= {f"{name} {what}": value for what, value in found.items()}
     return None if "error" in found else found
 

@@ -82,7 +82,7 @@ class GpuConfig(gpu.DeviceConfig):
                 row = {f"{peer} Mtoken/s": f"{share:.0%}" for peer, share in spread.items()}
                 record = {f"{peer} spread": share for peer, share in spread.items()}
                 report.add({"pass": label, "tokens": "spread"} | row, {"pass": label} | record)
-        if self.plot is not None:
+        if self.plot is not None and report.whole:
             try:
                 draw(self.plot, report.records)
             except (OSError, ValueError) as error:  # such as a kind of file that is not known

@@ -30,6 +30,8 @@ class Report:
         self.failures: list[str] = []
         self.measured: dict[str, Mapping[str, Any]] = {}
         """By what it is of, what `measure` returned."""
+        self.whole = True
+        """Whether it is all there is, not a part of what is measured."""
         self.save = save
 
     def add(self, row: Mapping[str, str], record: Mapping[str, Any] | None = None) -> None:

@@ -59,7 +59,8 @@ class TuneConfig(gpu.DeviceConfig):
                     found = None
                     if self.only in key:
                         found = self._measured(report, key, kernel, mask, arrays)
-                    if self.write and found is not None:  # at once: what follows may be stopped
+                    if self.write and report.whole and found is not None:
+                        # At once: what follows may be stopped.
                         gpu_tuned.write(device, {key: found})
                         count += 1
         if count:

@@ -1,5 +1,6 @@
 """What is measured in a process of its own, and what is known when that hangs or dies."""
 
+import itertools
 import json
 import os
 
@@ -14,19 +15,24 @@ from tests.experiments.measuring import die, fill, refuse, works
 
 pytestmark = pytest.mark.slow
 
+QUICK = {"most_seconds": 60.0, "works": works}
+
 
 def _begun(path):
     """Returns what was begun, and in which processes."""
     return [*zip(*(line.split() for line in path.read_text().splitlines()), strict=True)]
 
 
-def test_what_hangs_or_dies_is_given_up_and_the_others_go_on(tmp_path):
+@pytest.mark.parametrize("processes", [1, 3])
+def test_what_hangs_or_dies_is_given_up_and_the_others_go_on(processes, tmp_path):
     actions = "first", "fails", "breaks", "second", "dies", "third", "hangs", "last"
     report, path = Report(), tmp_path / "begun"
-    apart.run(fill, (path, actions), report, 2.0, works)
-    begun, processes = _begun(path)
-    assert begun == actions  # each once
-    assert [processes.index(x) for x in processes] == [0, 0, 0, 3, 3, 5, 5, 7]
+    apart.run(fill, (path, actions), report, most_seconds=2.0, works=works, processes=processes)
+    begun, in_processes = _begun(path)
+    assert sorted(begun) == sorted(actions)  # each once
+    if processes == 1:
+        assert begun == actions
+        assert [in_processes.index(x) for x in in_processes] == [0, 0, 0, 3, 3, 5, 5, 7]
     assert [row["action"] for row in report.rows] == [*actions]
     assert [row["seconds"] for row in report.rows] == ["5", "-", "-", "6", "-", "5", "-", "4"]
     assert report.records == [{name: report.measured[name]} for name in actions]
@@ -38,6 +44,8 @@ def test_what_hangs_or_dies_is_given_up_and_the_others_go_on(tmp_path):
         "hangs": "the process that measured it has not ended within 2 seconds",
     }
     assert report.failures == ["it has failed"]
+    times = sorted((x["began"], x["ended"]) for x in report.measured.values() if "ended" in x)
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(times))
 
 
 def test_what_is_known_is_not_measured_again(tmp_path):
@@ -49,28 +57,28 @@ def test_what_is_known_is_not_measured_again(tmp_path):
             raise SystemExit
 
     with pytest.raises(SystemExit):
-        apart.run(fill, (path, ("first", "fails", "hangs")), Report(stopped), 60.0, works)
+        apart.run(fill, (path, ("first", "fails", "hangs")), Report(stopped), **QUICK)
     (*_, last), (process, *_) = _begun(path)
     assert last in ("fails", "hangs")
     with pytest.raises(ProcessLookupError):
         os.kill(int(process), 0)
     report = Report()
     report.measured |= read_measured(output)
-    assert report.measured == {"first": {"seconds": 5}}
+    assert {of: x["seconds"] for of, x in report.measured.items()} == {"first": 5}
     path.unlink()
-    apart.run(fill, (path, ("first", "fails", "last")), report, 60.0, works)
+    apart.run(fill, (path, ("first", "fails", "last")), report, **QUICK)
     assert _begun(path)[0] == ("fails", "last")  # what failed is tried again
     assert [row["seconds"] for row in report.rows] == ["5", "-", "4"]
 
 
 def test_what_is_wrong_outside_of_measurements_is_an_error(tmp_path, capfd):
     with pytest.raises(ExperimentError, match="tokens: 0") as error:
-        apart.run(refuse, "tokens: 0", Report(), 60.0, works)
+        apart.run(refuse, "tokens: 0", Report(), **QUICK)
     assert error.value.exit_code == 2
     with pytest.raises(ExperimentError, match="the process that measures has died, with code 3"):
-        apart.run(die, 3, Report(), 60.0, works)
+        apart.run(die, 3, Report(), **QUICK)
     with pytest.raises(ExperimentError, match="the process that measures failed: TypeError: "):
-        apart.run(fill, None, Report(), 60.0, works)
+        apart.run(fill, None, Report(), **QUICK)
     assert "Traceback" in capfd.readouterr().err
 
 
