@@ -114,6 +114,5 @@ def test_what_another_device_has_measured_is_refused(monkeypatch):
 
 
 def test_reports_on_a_gpu_say_that_there_is_none(run_command):
-    for report in (("tiled", "gpu"), ("tiled", "tune"), ("linear", "gpu")):
-        code, out, err = run_command("experiments.benchmark", *report)
-        assert code == 1 and not out and err.startswith("error: JAX finds no CUDA device"), err
+    code, out, err = run_command("experiments.benchmark", "tiled", "tune", "--write")
+    assert code == 1 and not out and err.startswith("error: JAX finds no CUDA device"), err
