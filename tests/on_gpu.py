@@ -37,7 +37,7 @@ class OnGpu:
         """
         self._works, self._write = works, write
         self._worker = hasattr(config, "workerinput")
-        self._most_seconds = most_seconds
+        self._most_seconds, self._broken = most_seconds, False
         self._passed: dict[str, dict[str, bool]] = {}
         self._said: list[str] = []
 
@@ -59,13 +59,14 @@ class OnGpu:
         """Finds out whether a test that failed has left a device for the next one."""
         report = yield
         if report.failed and not self._works():
+            self._broken = True
             item.session.shouldfail = f"the device computes no more after {item.nodeid}"
         return report
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         """Ends a worker whose device does not compute: the next one has a device that does."""
-        if self._worker and item.session.shouldfail:
+        if self._worker and self._broken:
             os._exit(1)
 
     # Where reports come together
