@@ -153,6 +153,9 @@ def costs(mask: str, direction: str, features: int) -> dict[str, gpu.Cost]:
     for package in filter(importlib.util.find_spec, FLASH):
         cost = functools.partial(flash_cost, package, causal is not None, direction)
         return found | {"FlashAttention": cost}
+    if importlib.util.find_spec("torch"):  # which has version 2 built in
+        cost = functools.partial(built_in_cost, causal is not None, direction)
+        found["PyTorch's FlashAttention"] = cost
     return found
 
 
@@ -160,16 +163,42 @@ def flash_cost(
     package: str, causal: bool, direction: str, arrays: Sequence[Array], repeats: int
 ) -> dict[str, Any]:
     """Measures FlashAttention on the same arrays, as `gpu.cost` measures ours."""
-    import torch
-
     function = importlib.import_module(package).flash_attn_func
-    leaves = [torch.from_dlpack(array) for array in jax.block_until_ready(arrays)]
 
-    def attend() -> Any:
+    def attend(*leaves: Any) -> Any:
         out = function(*leaves, causal=causal)
         return out[0] if isinstance(out, tuple) else out  # some return the log-sum-exp as well
 
-    found = gpu.torch_cost(attend, leaves, direction, repeats)
+    return _torch_cost(attend, package, direction, arrays, repeats)
+
+
+def built_in_cost(
+    causal: bool, direction: str, arrays: Sequence[Array], repeats: int
+) -> dict[str, Any]:
+    """Measures PyTorch's own FlashAttention on the same arrays, as `gpu.cost` measures ours."""
+    from torch.nn import attention, functional
+
+    def attend(*leaves: Any) -> Any:
+        # Its heads come before tokens.
+        heads = (leaf.transpose(1, 2) for leaf in leaves)
+        with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+            out = functional.scaled_dot_product_attention(*heads, is_causal=causal)
+        return out.transpose(1, 2)
+
+    return _torch_cost(attend, "built in", direction, arrays, repeats)
+
+
+def _torch_cost(
+    attend: Callable[..., Any],
+    package: str,
+    direction: str,
+    arrays: Sequence[Array],
+    repeats: int,
+) -> dict[str, Any]:
+    import torch
+
+    leaves = [torch.from_dlpack(array) for array in jax.block_until_ready(arrays)]
+    found = gpu.torch_cost(lambda: attend(*leaves), leaves, direction, repeats)
     return found | {"version": f"{package}, PyTorch {torch.__version__}"}
 
 

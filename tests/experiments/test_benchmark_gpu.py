@@ -1,5 +1,6 @@
 """The reports that need a GPU, with clocks that are made up, and cases compiled for one."""
 
+import contextlib
 import json
 import sys
 import types
@@ -236,6 +237,9 @@ class _Tensor:
     def requires_grad_(self, wanted):
         self.requires_grad = wanted
 
+    def transpose(self, a, b):
+        return _Tensor(jnp.swapaxes(self.array, a, b))
+
 
 class _Torch(types.ModuleType):
     """What is called of PyTorch; an operation takes 1 ms and 100 bytes, its gradient as much."""
@@ -401,3 +405,45 @@ def test_flash_attention_is_asked_for_the_same(package, direction, monkeypatch):
         "version": f"{package}, PyTorch 2.0",
     }
     assert jnp.allclose(outs[-1].array, jax.nn.dot_product_attention(*arrays, is_causal=True))
+
+
+@pytest.mark.parametrize("direction", ("forward", "gradient"))
+def test_pytorchs_own_flash_attention_is_asked_for_the_same(direction, monkeypatch):
+    """Where there is no package of it."""
+    torch, outs, backends = _Torch(), [], []
+
+    def scaled_dot_product_attention(q, k, v, is_causal=False):
+        torch.work(100)
+        arrays = (jnp.swapaxes(x.array, 1, 2) for x in (q, k, v))
+        out = jax.nn.dot_product_attention(*arrays, is_causal=is_causal)
+        outs.append((_Tensor(jnp.swapaxes(out, 1, 2)), backends[-1]))
+        return outs[-1][0]
+
+    @contextlib.contextmanager
+    def sdpa_kernel(backend):
+        backends.append(backend)
+        yield
+        backends.append(None)
+
+    nn, attention, functional = (
+        types.ModuleType(f"torch.nn{name}") for name in ("", ".attention", ".functional")
+    )
+    functional.scaled_dot_product_attention = scaled_dot_product_attention
+    attention.sdpa_kernel = sdpa_kernel
+    attention.SDPBackend = types.SimpleNamespace(FLASH_ATTENTION="flash")
+    nn.attention, nn.functional = attention, functional
+    for module in (torch, nn, attention, functional):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(
+        tiled_gpu.importlib.util, "find_spec", lambda name: True if name == "torch" else None
+    )
+    arrays = tuple(jax.random.normal(jax.random.key(0), (3, 2, 8, 2, 4)))
+    found = tiled_gpu.costs("causal", direction, 64)["PyTorch's FlashAttention"](arrays, 3)
+    assert found == {
+        "seconds": pytest.approx(1e-3 if direction == "forward" else 2e-3),
+        "bytes": 100 if direction == "forward" else 200,
+        "version": "built in, PyTorch 2.0",
+    }
+    out, backend = outs[-1]
+    expected = jax.nn.dot_product_attention(*arrays, is_causal=True)
+    assert backend == "flash" and jnp.allclose(jnp.swapaxes(out.array, 1, 2), expected)
