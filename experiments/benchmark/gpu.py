@@ -74,6 +74,8 @@ def _measure(config: DeviceConfig, report: Report) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     check_device(report)
     config.measure(report)
+    if not report.rows:
+        raise ExperimentError(f"only: {config.only!r} is in the name of nothing that is measured")
 
 
 def check_device(report: Report) -> None:

@@ -201,11 +201,16 @@ def test_report_of_linear_attention(monkeypatch, tmp_path):
         assert report.failures[0].startswith(f"plot: cannot write {tmp_path / wrong}: ")
 
 
-def test_options_of_the_reports():
+def test_options_of_the_reports(monkeypatch):
     for name, value in (("tokens", (64, 0)), ("total", 0), ("repeats", 0), ("most_seconds", 0.0)):
         for config in (linear_gpu.GpuConfig, tiled_gpu.GpuConfig, tiled_tune.TuneConfig):
             with pytest.raises(ExperimentError, match=rf"{name}: .*0\)?; it must be at least 1"):
                 config(**{name: value}).fill(Report())
+    _is_h200(monkeypatch)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # which is set otherwise
+    for config in (tiled_gpu.GpuConfig, tiled_tune.TuneConfig):
+        with pytest.raises(ExperimentError, match="only: 'forwards' is in the name of nothing"):
+            gpu._measure(config(only="forwards"), Report())
     with pytest.raises(ExperimentError, match="only: 'KDB' is in the name of no case"):
         linear_gpu.GpuConfig(only="KDB").measure(Report())
 
