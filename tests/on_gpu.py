@@ -97,13 +97,15 @@ class OnGpu:
         for name in module.CALLS:
             (parts if name in passed else failed).update(module.parts(name))
         parts -= failed
+        left = len(module.CALLS.keys() - calls.keys())
         if self._write:
             table.write(parts)
-            self._said.append(f"{table.package}: {len(parts)} parts of calls have passed, written")
+            tried = f"; {left} calls were not tried" if left else ""
+            self._said.append(f"{table.package}: {len(parts)} parts have passed, written{tried}")
         missing = table.parts() - parts
         if not missing:
             return True
-        if not calls.keys() >= module.CALLS.keys():
+        if left:
             self._said.append(f"{table.package}: what is chosen was not all tried")
             return True
         self._said.append(

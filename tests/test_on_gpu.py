@@ -92,7 +92,7 @@ def test_others_go_on_and_what_has_passed_is_written(run, tmp_path):
     failed = {line.split("[")[1].split("]")[0] for line in out.splitlines() if "FAILED" in line}
     assert failed == {"fails", "dies", "breaks", "hangs"}, out
     # A bias is a part of a call that failed.
-    assert "family: 3 parts of calls have passed, written" in out
+    assert "family: 3 parts have passed, written\n" in out
     written = json.loads((tmp_path / "family" / "gpu_proved.json").read_text())
     assert written == ["float32", "mask", "slopes"]
 
@@ -104,6 +104,8 @@ def test_what_is_chosen_must_have_passed(run, tmp_path):
     assert code == pytest.ExitCode.TESTS_FAILED
     out, code = run("-k", "too")
     assert code == pytest.ExitCode.OK and "family: what is chosen was not all tried" in out
+    out, code = run("-k", "last", "--write")
+    assert "family: 1 parts have passed, written; 6 calls were not tried\n" in out
     (tmp_path / "family" / "gpu_proved.json").write_text('["slopes", "mask: lengths"]')
     out, code = run("-n", "1")
     assert "family: chosen, but they have not passed: mask: lengths" in out, out
