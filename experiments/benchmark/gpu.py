@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -44,10 +44,13 @@ class DeviceConfig(ReportConfig):
     they run in another one, see `apart`: what did not end is given up, and the others go on.
     """
 
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Options that change figures, and are not in the names of what is measured."""
+
     most_seconds: float = 300.0
     """Seconds after which what is measured is given up."""
     resume: bool = False
-    """Take from the output file what has been measured before; the rest is added."""
+    """Take from the output file what has been measured before, of the same code; add the rest."""
     processes: int = 1
     """Processes that compile at the same time, and run one after the other. What XLA tries on the
     device while it compiles may slow down another one's runs."""
@@ -72,22 +75,31 @@ class DeviceConfig(ReportConfig):
 def _measure(config: DeviceConfig, report: Report) -> None:
     # Memory is left to PyTorch, unless it is said how much. JAX reads it when it finds devices.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    check_device(report)
+    check_device()
+    check_known(config, report)
     config.measure(report)
     if not report.rows:
         raise ExperimentError(f"only: {config.only!r} is in the name of nothing that is measured")
 
 
-def check_device(report: Report) -> None:
-    """Raises an ExperimentError if JAX finds no CUDA device, or another one than measured."""
+def check_device() -> None:
+    """Raises an ExperimentError if JAX finds no CUDA device."""
     if jax.default_backend() != "gpu":
         raise ExperimentError(
             "JAX finds no CUDA device here; `make EXTRA=cuda env` installs its CUDA wheels"
         )
-    here = jax.devices()[0].device_kind
-    known = report.measure("the device", lambda: {"kind": here}).get("kind", here)
-    if known != here:
-        raise ExperimentError(f"resume: what is known has been measured on {known}; here is {here}")
+
+
+def check_known(config: DeviceConfig, report: Report) -> None:
+    """Raises an ExperimentError if what is known has been measured otherwise, or elsewhere."""
+    here = {"device": jax.devices()[0].device_kind}
+    here |= {name: getattr(config, name) for name in config.shared}
+    known = report.measure("what all of it shares", lambda: here)
+    for name, value in here.items():
+        if known.get(name, value) != value:
+            raise ExperimentError(
+                f"resume: {name}: {value}; what is known was measured with {known[name]}"
+            )
 
 
 def works() -> bool:

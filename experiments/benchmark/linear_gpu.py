@@ -57,6 +57,8 @@ STYLES = {"ours": "o-", "XLA": "x:", "fla": "s--", "cuDNN": "^-."}
 class GpuConfig(gpu.DeviceConfig):
     """Tokens a second, by length, on a CUDA device."""
 
+    shared = ("total", "features")
+
     tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
     """Lengths."""
     total: int = 131072

@@ -30,6 +30,8 @@ Peer = Callable[..., Array]
 class GpuConfig(gpu.DeviceConfig):
     """Rates of dense attention beside its peers, and what sparse attention saves of it."""
 
+    shared = ("total",)
+
     features: tuple[int, ...] = (64, 128, 256)
     """Head dimensions."""
     tokens: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)

@@ -33,6 +33,8 @@ ONE_PASS = {"one pass": Config(128, False, one_pass=True)}
 class TuneConfig(gpu.DeviceConfig):
     """Times of the GPU kernels' configurations; writes the fastest into the kernels' table."""
 
+    shared = ("tokens", "total")
+
     features: tuple[int, ...] = (64, 128, 192, 256)
     """Head dimensions."""
     tokens: int = 8192

@@ -4,10 +4,9 @@ import itertools
 import json
 import os
 
-import jax
 import pytest
 
-from experiments.benchmark import apart, gpu
+from experiments.benchmark import apart, gpu, linear_gpu, tiled_gpu, tiled_tune
 from experiments.benchmark import table as tables
 from experiments.benchmark.table import Report, read_measured, write
 from experiments.errors import ExperimentError
@@ -102,15 +101,28 @@ def test_files_to_resume_from(tmp_path, monkeypatch):
         read_measured(None)
 
 
-def test_what_another_device_has_measured_is_refused(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+@pytest.mark.parametrize(
+    ("config", "other", "name"),
+    [
+        (tiled_gpu.GpuConfig(), tiled_gpu.GpuConfig(total=4096), "total: 32768"),
+        (tiled_tune.TuneConfig(), tiled_tune.TuneConfig(tokens=4096), "tokens: 8192"),
+        (linear_gpu.GpuConfig(), linear_gpu.GpuConfig(features=64), "features: 128"),
+        (tiled_gpu.GpuConfig(), None, "device: cpu"),
+    ],
+)
+def test_what_was_measured_otherwise_is_refused(config, other, name):
     report = Report()
-    report.measured["the device"] = {"kind": "NVIDIA H200"}
-    with pytest.raises(ExperimentError, match="measured on NVIDIA H200; here is cpu"):
-        gpu.check_device(report)
-    report = Report()
-    gpu.check_device(report)
-    assert report.measured["the device"] == {"kind": "cpu"} and gpu.works()
+    gpu.check_known(other or config, report)
+    (known,) = report.measured.values()
+    assert gpu.works()
+    if other is None:
+        gpu.check_known(config, report)
+        known["device"] = "NVIDIA H200"
+    value = known[name.partition(":")[0]]
+    with pytest.raises(
+        ExperimentError, match=f"resume: {name}; what is known was measured with {value}"
+    ):
+        gpu.check_known(config, report)
 
 
 def test_reports_on_a_gpu_say_that_there_is_none(run_command):
