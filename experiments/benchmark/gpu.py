@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from experiments.benchmark import apart, hopper
 from experiments.benchmark.measure import ReportConfig, fastest
@@ -105,7 +107,7 @@ def check_known(config: DeviceConfig, report: Report) -> None:
 def works() -> bool:
     """Returns whether the device still computes: after some errors it does not, in a process."""
     try:
-        return int(jax.numpy.ones(8).sum()) == 8
+        return int(jnp.ones(8).sum()) == 8
     except Exception:  # whatever it is
         return False
 
@@ -113,6 +115,12 @@ def works() -> bool:
 def shape_of(total: int, tokens: int, features: int) -> tuple[int, int, int, int]:
     """Returns sequences, tokens, heads and features of as many tokens in all, or of a sequence."""
     return max(total // tokens, 1), tokens, max(HIDDEN // features, 1), features
+
+
+def normal(total: int, tokens: int, features: int) -> Arrays:
+    """Returns what makes random queries, keys and values of `shape_of`, once."""
+    shape = (3, *shape_of(total, tokens, features))
+    return functools.cache(lambda: tuple(jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)))
 
 
 def share(rate: float, of: str) -> str:
@@ -153,24 +161,30 @@ Arrays = Callable[[], Sequence[Any]]
 
 
 def torch_cost(
-    function: Callable[[], Any], leaves: Sequence[Any], direction: str, repeats: int
-) -> dict[str, float]:
-    """Is `cost` of PyTorch, by the device's clock.
+    function: Callable[..., Any],
+    version: str,
+    direction: str,
+    arrays: Sequence[jax.Array],
+    repeats: int,
+) -> dict[str, Any]:
+    """Is `cost` of PyTorch, by the device's clock, on the same arrays; beside it are versions.
 
     Args:
-      function: returns the output, of the shape of the third of the leaves.
-      leaves: what it is a function of, query, key and value first.
-      direction: "forward", or "gradient" for that by all leaves as well.
+      function: of tensors to the output, of the shape of the third of them.
+      version: of what the function belongs to.
+      direction: "forward", or "gradient" for that by all arrays as well.
+      arrays: query, key and value first.
       repeats: rounds.
     """
     import torch
 
+    leaves = [torch.from_dlpack(array) for array in jax.block_until_ready(arrays)]
     cotangent = torch.ones_like(leaves[2])
     for leaf in leaves:
         leaf.requires_grad_(direction == "gradient")
 
     def call() -> None:
-        out = function()
+        out = function(*leaves)
         if direction == "gradient":
             torch.autograd.grad(out, leaves, cotangent)
 
@@ -193,7 +207,8 @@ def torch_cost(
             fastest = min(seconds(count) for _ in range(repeats))
         finally:
             torch.cuda.empty_cache()  # JAX needs memory, too
-    return {"seconds": fastest, "bytes": size}
+    version = f"{version}, PyTorch {torch.__version__}"
+    return {"seconds": fastest, "bytes": size, "version": version}
 
 
 def measured(

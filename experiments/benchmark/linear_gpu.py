@@ -152,16 +152,15 @@ def fla_cost(
 
     operation, options = FLA[name]
     function = getattr(importlib.import_module(f"fla.ops.{operation}"), f"chunk_{operation}")
-    leaves = [torch.from_dlpack(array) for array in jax.block_until_ready(arrays)]
-    arguments = {ARGUMENTS[of]: leaf for of, leaf in zip(inputs, leaves, strict=True)}
+    names = [ARGUMENTS[of] for of in inputs]
     if VARIANTS[name].constant_decay:
-        arguments["g_gamma"] = torch.from_dlpack(jnp.asarray(constant_decays(arrays[0].shape[2])))
+        decays = torch.from_dlpack(jnp.asarray(constant_decays(arrays[0].shape[2])))
+        options = options | {"g_gamma": decays}
 
-    def attend() -> Any:
-        return function(**arguments, **options, scale=1.0)[0]
+    def attend(*leaves: Any) -> Any:
+        return function(**dict(zip(names, leaves, strict=True)), **options, scale=1.0)[0]
 
-    found = gpu.torch_cost(attend, leaves, direction, repeats)
-    return found | {"version": f"{fla.__version__}, PyTorch {torch.__version__}"}
+    return gpu.torch_cost(attend, fla.__version__, direction, arrays, repeats)
 
 
 def draw(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -135,6 +136,7 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join([lines[0], f"| {' | '.join(rule)} |", *lines[1:]])
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
     """Returns what figures depend on: the processor, and versions."""
     versions = {}

@@ -58,7 +58,7 @@ class GpuConfig(gpu.DeviceConfig):
         label = f"{direction}, {mask}, {features} features"
         if self.only not in label:
             return
-        arrays = functools.cache(lambda: self._arrays(features, tokens))
+        arrays = gpu.normal(self.total, tokens, features)
         batch, _, heads, _ = gpu.shape_of(self.total, tokens, features)
         products = 4 * batch * heads * features * tokens**2 * DIRECTIONS[direction]
         products /= 2 if mask == "causal" else 1
@@ -73,7 +73,7 @@ class GpuConfig(gpu.DeviceConfig):
     def _sparse(self, report: Report, features: int) -> None:
         """Adds rows of the time that something takes, and of how many times it goes into full."""
         tokens = self.sparse_tokens
-        arrays = functools.cache(lambda: tuple(x[:1] for x in self._arrays(features, tokens)))
+        arrays = gpu.normal(tokens, tokens, features)
         for direction in DIRECTIONS:
             full = None
             for name, options in variants(tokens).items():
@@ -91,10 +91,6 @@ class GpuConfig(gpu.DeviceConfig):
                     row["ours ms"] = f"{1e3 * seconds:.3f}"
                     row["times as fast as full"] = f"{full / seconds:.2f}" if full else "-"
                 report.add(row, record)
-
-    def _arrays(self, features: int, tokens: int) -> tuple[Array, ...]:
-        shape = (3, *gpu.shape_of(self.total, tokens, features))
-        return tuple(jax.random.normal(jax.random.key(0), shape, jnp.bfloat16))
 
     def _seconds(
         self,
@@ -171,7 +167,7 @@ def flash_cost(
         out = function(*leaves, causal=causal)
         return out[0] if isinstance(out, tuple) else out  # some return the log-sum-exp as well
 
-    return _torch_cost(attend, package, direction, arrays, repeats)
+    return gpu.torch_cost(attend, package, direction, arrays, repeats)
 
 
 def built_in_cost(
@@ -187,21 +183,7 @@ def built_in_cost(
             out = functional.scaled_dot_product_attention(*heads, is_causal=causal)
         return out.transpose(1, 2)
 
-    return _torch_cost(attend, "built in", direction, arrays, repeats)
-
-
-def _torch_cost(
-    attend: Callable[..., Any],
-    package: str,
-    direction: str,
-    arrays: Sequence[Array],
-    repeats: int,
-) -> dict[str, Any]:
-    import torch
-
-    leaves = [torch.from_dlpack(array) for array in jax.block_until_ready(arrays)]
-    found = gpu.torch_cost(lambda: attend(*leaves), leaves, direction, repeats)
-    return found | {"version": f"{package}, PyTorch {torch.__version__}"}
+    return gpu.torch_cost(attend, "built in", direction, arrays, repeats)
 
 
 def rate(operations: float) -> str:

@@ -50,17 +50,16 @@ class TuneConfig(gpu.DeviceConfig):
         """Measures every kernel with every configuration, the other kernels as they are."""
         device, count = jax.devices()[0].device_kind, 0
         for features in self.features:
+            arrays = gpu.normal(self.total, self.tokens, features)
             shape = gpu.shape_of(self.total, self.tokens, features)
-            make = functools.partial(jax.random.normal, shape=(3, *shape), dtype=jnp.bfloat16)
-            arrays = functools.cache(lambda make=make: tuple(make(jax.random.key(0))))
             types = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3
             for mask in (None, masks.causal(), random_lists(self.tokens, 128)):
                 x = Inputs(*types, *(None,) * (len(Inputs._fields) - 3))._replace(mask=mask)
                 for kernel in gpu_tuned.KERNELS:
                     key = gpu_tuned.key(kernel, x)
-                    found = None
-                    if self.only in key:
-                        found = self._measured(report, key, kernel, mask, arrays)
+                    if self.only not in key:
+                        continue
+                    found = self._measured(report, key, kernel, mask, arrays)
                     if self.write and report.whole and found is not None:
                         # At once: what follows may be stopped.
                         gpu_tuned.write(device, {key: found})
@@ -81,7 +80,6 @@ class TuneConfig(gpu.DeviceConfig):
         for name, config in (CONFIGS | ONE_PASS).items():
             if name in ONE_PASS and kernel != "backward_keys":
                 continue
-
             cost = functools.partial(_cost, kernel, config, function)
             found = gpu.measured(report, record, key, name, cost, arrays, self.repeats)
             row[f"{name}, ms"] = "-" if found is None else f"{1e3 * found['seconds']:.3f}"
